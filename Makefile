@@ -1,0 +1,44 @@
+# Every target does its own set-up: `make demo` or `make test` may be the first command on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := megatron_prune tools tests benchmarks setup.py $(wildcard pretrain_prune.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-source test checks bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+setup: $(INSTALLED) ## .venv with the package and the tools for working on it
+
+# Torch first and by itself: the other packages ask for any torch at all, and an open requirement would be met with
+# the newest build instead of the pinned one. pip itself is left as the interpreter brought it.
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " \
+		+ sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## the main job on real text: prune, continue, export, compare (about 5 minutes on 2 cores)
+	$(BIN)/python tools/demo.py
+
+demo-source: $(INSTALLED) ## make the demo's source model again (examples/demo/source)
+	$(BIN)/python tools/make_demo_source.py
+
+test: $(INSTALLED) ## all tests
+	$(BIN)/python -m pytest -q tests
+
+checks: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(SOURCES)
+
+bench: $(INSTALLED) ## benchmarks: ratios against a peer measured in the same process
+	$(BIN)/python benchmarks/saliency_step.py
+
+clean: ## remove everything that make has made: .venv, the demo's runs, caches
+	rm -rf $(VENV) runs/demo runs/demo-source build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megatron_prune tools tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Where tensors live: process groups, collectives and the partition of every logical unit."""

@@ -1,0 +1,75 @@
+"""The few collectives pruning needs, each over an explicit group of a :class:`~megatron_prune.parallel.mesh.Mesh`."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_prune.errors import MegatronPruneError
+from megatron_prune.parallel.mesh import Mesh
+
+
+def all_reduce_sum_(tensor: Tensor, mesh: Mesh) -> None:
+    """Sum a tensor over all processes in place."""
+    if mesh.world_size > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+
+
+def sum_over_copies_(tensor: Tensor, mesh: Mesh) -> None:
+    """Sum a tensor over the data-parallel copies in place."""
+    if mesh.dp_size > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=mesh.dp_group)
+
+
+def largest(value: int, mesh: Mesh) -> int:
+    """The largest of one integer per process, on every process."""
+    if mesh.world_size == 1:
+        return value
+    flag = torch.tensor(value)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.control_group)
+    return int(flag)
+
+
+def from_main(value: Any, mesh: Mesh) -> Any:
+    """The main process's picklable value, on every process."""
+    if mesh.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=mesh.control_group)
+    return box[0]
+
+
+def gather(value: Any, mesh: Mesh) -> list[Any]:
+    """One picklable value per process, in rank order, on every process."""
+    values: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(values, value, group=mesh.control_group)
+    return values
+
+
+def agreed(decision: str, mesh: Mesh) -> str:
+    """The main process's decision, checked against this process's own.
+
+    Raises:
+        MegatronPruneError: some process decided otherwise; both decisions are named.
+    """
+    if mesh.world_size == 1:
+        return decision
+    chosen: str = from_main(decision, mesh)
+    mine = hashlib.sha256(decision.encode()).hexdigest()
+    for rank, theirs in enumerate(gather((mine, decision), mesh)):
+        if theirs[0] != hashlib.sha256(chosen.encode()).hexdigest():
+            raise MegatronPruneError(
+                f"ranks disagree on what to prune: rank 0 chose {chosen}, rank {rank} chose {theirs[1]}; "
+                "their weights or gradients differ, resume from the last checkpoint"
+            )
+    return chosen
+
+
+def barrier(mesh: Mesh) -> None:
+    """Wait for every process."""
+    if mesh.world_size > 1:
+        dist.barrier(group=mesh.control_group)

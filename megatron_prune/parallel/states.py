@@ -1,0 +1,35 @@
+"""Names and pieces of the training state: what an optimizer holds of every tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from megatron_prune.architecture import TensorSpec
+
+StateKind = Literal["master", "exp_avg", "exp_avg_sq"]
+MOMENTS: tuple[StateKind, ...] = ("exp_avg", "exp_avg_sq")
+STATE_KINDS: tuple[StateKind, ...] = ("master", *MOMENTS)
+
+#: Gives the whole physical fp32 tensor of one state; called on every rank in the same order.
+StateSource = Callable[[TensorSpec, StateKind], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class StateFragment:
+    """A rank's contiguous piece of one state of one tensor.
+
+    Attributes:
+        spec: the tensor.
+        kind: fp32 master weights or a moment of AdamW.
+        start: position of the first element in the flattened physical tensor.
+        values: ``[numel]`` fp32, a view of the optimizer's own memory.
+    """
+
+    spec: TensorSpec
+    kind: StateKind
+    start: int
+    values: Tensor

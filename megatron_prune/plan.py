@@ -1,0 +1,397 @@
+"""The estimate before a run: units, steps and tokens per phase, parameters, memory per GPU, GPU-hours.
+
+Pure arithmetic over Architecture and Config. A unit is one output-group channel per block: an FFN channel costs 1, a
+head ``head_dim``, a stem channel 2; pruning starts after the warm-up and every unit is followed by its share of
+optimizer steps (paper, Eq. 7).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from megatron_prune.architecture import Architecture
+from megatron_prune.config import Config, TargetShape, floor_shape, parse_count, parse_ratio, shape_between
+
+STEM_CHANNEL_UNITS = 2
+FFN_CHANNEL_UNITS = 1
+
+_FP32_BYTES, _BF16_BYTES = 4, 2
+_SECONDS_PER_HOUR = 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU.
+
+    Attributes:
+        weights: parameters in the precision of the forward pass.
+        gradients: bf16: the bf16 gradients and DeepSpeed's unsharded fp32 sums; fp32: the gradients and this
+            process's share of their average.
+        masters: fp32 masters, divided over the processes (ZeRO-1).
+        moments: both Adam moments in fp32, divided over the processes.
+        activations: estimate, see :func:`activation_bytes`.
+        activations_recomputed: the same with ``--recompute``.
+    """
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    activations: int
+    activations_recomputed: int
+
+    def total(self, recompute: bool) -> int:
+        """All of it, with the activations of one choice."""
+        model = self.weights + self.gradients + self.masters + self.moments
+        return model + (self.activations_recomputed if recompute else self.activations)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A point on the way down.
+
+    Attributes:
+        name: ``source``, the budget of an export (``1.1B``) or ``target``.
+        arch: the shape there; only ``source`` and a target shape are certain, see :func:`make_plan`.
+        units: units removed until then.
+        units_range: fewest and most units any run can need for it.
+        steps: pruning steps until then, the warm-up left out.
+        tokens: tokens until then, the warm-up included; 0 at the source.
+        memory: bytes on one GPU at that shape.
+    """
+
+    name: str
+    arch: Architecture
+    units: int
+    units_range: tuple[int, int]
+    steps: int
+    tokens: int
+    memory: Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The whole estimate; :func:`plan_dict` makes it JSON-ready.
+
+    Attributes:
+        phases: source, exports on the way, target; the source alone when nothing is pruned.
+        ratio: pruned units and optimizer steps.
+        warmup_steps: steps before pruning starts.
+        batch_tokens: tokens per optimizer step.
+        train_iters: steps of the run as configured; 0 when not given.
+        num_gpus: data parallel processes.
+        recompute: as configured.
+        tokens_per_second: assumed throughput of one GPU, or None.
+    """
+
+    phases: tuple[Phase, ...]
+    ratio: tuple[int, int]
+    warmup_steps: int
+    batch_tokens: int
+    train_iters: int
+    num_gpus: int
+    recompute: bool
+    tokens_per_second: float | None
+
+    @property
+    def continue_steps(self) -> int:
+        """Steps of the run left for the second stage (all of them when nothing is pruned)."""
+        used = self.warmup_steps + self.phases[-1].steps if len(self.phases) > 1 else 0
+        return max(0, self.train_iters - used)
+
+    def gpu_hours(self, tokens: int) -> float | None:
+        """GPU-hours for so many tokens at the assumed throughput."""
+        if self.tokens_per_second is None:
+            return None
+        return tokens / self.tokens_per_second / _SECONDS_PER_HOUR
+
+    def tokens_after(self, units: int) -> int:
+        """Tokens, warm-up included, until so many units are gone; none before anything is."""
+        return (self.warmup_steps + pruning_steps(units, self.ratio)) * self.batch_tokens if units else 0
+
+
+def units_between(source: Architecture, target: TargetShape) -> int:
+    """Units from a shape down to another; an axis the target leaves out costs nothing."""
+    hidden, ffn, heads = target.resolve(source)
+    return (
+        STEM_CHANNEL_UNITS * (source.hidden_size - hidden)
+        + FFN_CHANNEL_UNITS * (source.ffn_hidden_size - ffn)
+        + source.head_dim * (source.num_attention_heads - heads)
+    )
+
+
+def pruning_steps(units: int, ratio: tuple[int, int]) -> int:
+    """Optimizer steps in which ``units`` are removed at ``ratio`` = (units, steps), rounded up."""
+    pruned, steps = ratio
+    return math.ceil(units * steps / pruned)
+
+
+def units_range(source: Architecture, floor: tuple[int, int, int], budget: int) -> tuple[int, int]:
+    """Fewest and most units with which a run can first be at or under ``budget`` parameters.
+
+    Looks at every hidden size and head count between the source and ``floor`` = (hidden, ffn, heads), with the widest
+    FFN that fits; this covers every order of removing the three kinds, the cheapest and the dearest included.
+    ``budget`` must be between the floor's parameters and the source's.
+    """
+    fewest, most = math.inf, 0
+    hidden = np.arange(floor[0], source.hidden_size + 1)
+    for heads in range(floor[2], source.num_attention_heads + 1):
+        constant, per_hidden, per_ffn, per_both = _bilinear(source, heads)
+        fits = (budget - constant - per_hidden * hidden) // (per_ffn + per_both * hidden)
+        ffn = np.minimum(fits, source.ffn_hidden_size)
+        # With the FFN whole, only the hidden size at which the budget is first met can be where a run stops.
+        one_wider = np.append(fits[1:], -1)
+        reached = (ffn >= floor[1]) & ((fits < source.ffn_hidden_size) | (one_wider < source.ffn_hidden_size))
+        if reached.any():
+            units = units_between(source, TargetShape(0, 0, heads)) - (
+                STEM_CHANNEL_UNITS * hidden[reached] + FFN_CHANNEL_UNITS * ffn[reached]
+            )
+            fewest, most = min(fewest, int(units.min())), max(most, int(units.max()))
+    assert fewest <= most, "the budget lies outside what validate_against_source allows"
+    return int(fewest), most
+
+
+def _bilinear(source: Architecture, heads: int) -> tuple[int, int, int, int]:
+    """Parameters as ``a + b*hidden + c*ffn + e*hidden*ffn`` at a number of heads, from the Architecture's own count."""
+
+    def count(hidden: int, ffn: int) -> int:
+        return shape_between(source, hidden, ffn, heads).num_parameters()
+
+    constant = count(0, 0)
+    per_hidden, per_ffn = count(1, 0) - constant, count(0, 1) - constant
+    return constant, per_hidden, per_ffn, count(1, 1) - constant - per_hidden - per_ffn
+
+
+def shape_at_budget(source: Architecture, floor: tuple[int, int, int], budget: int) -> Architecture:
+    """First shape at or under ``budget`` when every axis shrinks in proportion towards ``floor``.
+
+    A stand-in for the shape that the run will find, good for memory and for a middle estimate of the units.
+    """
+    widths = (source.hidden_size, source.ffn_hidden_size, source.num_attention_heads)
+    parts = max(1, sum(width - least for width, least in zip(widths, floor, strict=True)))
+
+    def shape(part: int) -> Architecture:
+        steps = (round((width - least) * part / parts) for width, least in zip(widths, floor, strict=True))
+        hidden, ffn, heads = (width - step for width, step in zip(widths, steps, strict=True))
+        return shape_between(source, hidden, ffn, heads)
+
+    low, high = 0, parts
+    while low < high:
+        middle = (low + high) // 2
+        if shape(middle).num_parameters() <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    return shape(low)
+
+
+def activation_bytes(
+    arch: Architecture, micro_batch_size: int, seq_length: int, element_bytes: int, recompute: bool
+) -> int:
+    """Estimate of what the backward pass keeps for one micro-batch, in bytes.
+
+    Per token and layer, in elements: 4 hidden (the inputs and outputs of the two norms), 2 query widths (q, and the
+    attention's output), 2 KV widths (k, v) and 4 ffn (gate, up, the activated gate, their product). Attention is
+    assumed to keep no score matrix. The output head adds its logits once in this precision and twice in fp32 (the
+    upcast and its gradient). With recomputation a layer keeps its input alone, and one layer at a time is whole.
+    """
+    tokens = micro_batch_size * seq_length
+    head = arch.vocab_size * (element_bytes + 2 * _FP32_BYTES)
+    layers = []
+    for layer in range(arch.num_layers):
+        query, kv = arch.num_attention_heads * arch.head_dim, arch.num_kv_heads(layer) * arch.head_dim
+        layers.append(4 * arch.hidden_size + 2 * query + 2 * kv + 4 * arch.ffn_hidden_size)
+    kept = arch.num_layers * arch.hidden_size + max(layers) if recompute else sum(layers)
+    return tokens * (kept * element_bytes + head)
+
+
+def memory_per_gpu(arch: Architecture, config: Config, num_gpus: int) -> Memory:
+    """Bytes on each of ``num_gpus`` data parallel GPUs at a shape. Work space of kernels and NCCL is not counted."""
+    parameters = arch.num_parameters()
+    bf16 = config.train.precision == "bf16"
+    element = _BF16_BYTES if bf16 else _FP32_BYTES
+    share = math.ceil(parameters / num_gpus)
+    summed = _FP32_BYTES * (parameters if bf16 else share)
+    micro, seq = config.train.micro_batch_size, config.data.seq_length
+    return Memory(
+        weights=element * parameters,
+        gradients=element * parameters + summed,
+        masters=_FP32_BYTES * share,
+        moments=2 * _FP32_BYTES * share,
+        activations=activation_bytes(arch, micro, seq, element, recompute=False),
+        activations_recomputed=activation_bytes(arch, micro, seq, element, recompute=True),
+    )
+
+
+def make_plan(
+    config: Config,
+    source: Architecture,
+    *,
+    num_gpus: int = 1,
+    batch_tokens: int | None = None,
+    tokens_per_second: float | None = None,
+) -> Plan:
+    """The estimate of a run.
+
+    With ``--target-shape`` the end is known and its units are exact. A shape that the run will search (the end under
+    ``--target-params``, every export) is stood in for by one shrunk in proportion, see :func:`shape_at_budget`; the
+    bounds of its units come from :func:`units_range`.
+
+    Args:
+        config: settings whose pruning part passed ``validate_against_source``.
+        source: shape of the source model.
+        num_gpus: data parallel processes.
+        batch_tokens: tokens per optimizer step; default: global batch size x sequence length.
+        tokens_per_second: throughput of one GPU, for GPU-hours.
+    """
+    plan = Plan(
+        phases=(),
+        ratio=parse_ratio(config.prune.prune_ratio),
+        warmup_steps=config.prune_start_iter,
+        batch_tokens=config.batch_tokens if batch_tokens is None else batch_tokens,
+        train_iters=config.train.train_iters,
+        num_gpus=num_gpus,
+        recompute=config.train.recompute,
+        tokens_per_second=tokens_per_second,
+    )
+    phases = [
+        _phase("source", source, (0, 0), source, config, plan),
+        *(_phase(name, arch, bounds, source, config, plan) for name, arch, bounds in _stops(config, source)),
+    ]
+    return dataclasses.replace(plan, phases=tuple(phases))
+
+
+def _stops(config: Config, source: Architecture) -> Iterator[tuple[str, Architecture, tuple[int, int]]]:
+    """Name, shape and bounds on the units of every export and of the target, from large to small."""
+    prune = config.prune
+    if not prune.active:
+        return
+    floor = floor_shape(prune, source)
+    for mark in sorted(prune.export_at, key=parse_count, reverse=True):
+        budget = parse_count(mark)
+        yield mark, shape_at_budget(source, floor, budget), units_range(source, floor, budget)
+    if prune.target_params is not None:
+        budget = parse_count(prune.target_params)
+        yield "target", shape_at_budget(source, floor, budget), units_range(source, floor, budget)
+    else:
+        arch = shape_between(source, *floor)
+        units = units_between(source, TargetShape(*floor))
+        yield "target", arch, (units, units)
+
+
+def _phase(
+    name: str, arch: Architecture, bounds: tuple[int, int], source: Architecture, config: Config, plan: Plan
+) -> Phase:
+    units = units_between(source, TargetShape(arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads))
+    return Phase(
+        name=name,
+        arch=arch,
+        units=units,
+        units_range=bounds,
+        steps=pruning_steps(units, plan.ratio),
+        tokens=plan.tokens_after(units),
+        memory=memory_per_gpu(arch, config, plan.num_gpus),
+    )
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """JSON-ready form. ``steps`` are the pruning steps; ``tokens`` count the warm-up too; memory is in bytes."""
+    last = plan.phases[-1]
+    return {
+        "units": last.units,
+        "steps": last.steps,
+        "tokens": last.tokens,
+        "parameters_source": plan.phases[0].arch.num_parameters(),
+        "parameters_target": last.arch.num_parameters(),
+        "certain": last.units_range == (last.units, last.units),
+        "units_range": list(last.units_range),
+        "tokens_range": [plan.tokens_after(units) for units in last.units_range],
+        "warmup_steps": plan.warmup_steps,
+        "batch_tokens": plan.batch_tokens,
+        "continue_steps": plan.continue_steps,
+        "continue_tokens": plan.continue_steps * plan.batch_tokens,
+        "gpu_hours": plan.gpu_hours(last.tokens),
+        "continue_gpu_hours": plan.gpu_hours(plan.continue_steps * plan.batch_tokens),
+        "phases": [_phase_dict(phase, plan) for phase in plan.phases],
+    }
+
+
+def _phase_dict(phase: Phase, plan: Plan) -> dict[str, Any]:
+    arch = phase.arch
+    return {
+        "name": phase.name,
+        "parameters": arch.num_parameters(),
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "units": phase.units,
+        "units_range": list(phase.units_range),
+        "steps": phase.steps,
+        "tokens": phase.tokens,
+        "gpu_hours": plan.gpu_hours(phase.tokens),
+        "memory": dataclasses.asdict(phase.memory) | {"total": phase.memory.total(plan.recompute)},
+    }
+
+
+def format_plan(plan: Plan) -> str:
+    """Aligned text for a terminal, without a newline at the end."""
+    rows = [("phase", "parameters", "hidden", "ffn", "heads", "units", "tokens", "GPU-hours", "GiB/GPU", "recomputed")]
+    for phase in plan.phases:
+        arch, about = phase.arch, "" if phase.units_range == (phase.units, phase.units) else "~"
+        hours = plan.gpu_hours(phase.tokens)
+        rows.append(
+            (
+                phase.name,
+                f"{arch.num_parameters() / 1e6:,.1f} M",
+                f"{about}{arch.hidden_size}",
+                f"{about}{arch.ffn_hidden_size}",
+                f"{about}{arch.num_attention_heads}",
+                f"{about}{phase.units:,}",
+                f"{about}{phase.tokens / 1e9:,.2f} B",
+                "-" if hours is None else f"{about}{hours:,.0f}",
+                f"{phase.memory.total(recompute=False) / 2**30:,.1f}",
+                f"{phase.memory.total(recompute=True) / 2**30:,.1f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    table = ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]) for cells in padded]
+    return "\n".join([*table, "", *_notes(plan)])
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    last, (pruned, steps) = plan.phases[-1], plan.ratio
+    if len(plan.phases) > 1:
+        yield (
+            f"pruning: {plan.warmup_steps:,} warm-up steps, then {last.steps:,} steps at {pruned}:{steps} "
+            f"of {plan.batch_tokens:,} tokens each"
+        )
+    if any(phase.units_range[0] != phase.units_range[1] for phase in plan.phases):
+        yield "~ the run decides; here every axis shrinks in proportion. From the cheapest to the dearest way down:"
+        for phase in plan.phases[1:]:
+            fewest, most = phase.units_range
+            low, high = (plan.tokens_after(units) / 1e9 for units in phase.units_range)
+            yield f"    {phase.name}: {fewest:,} to {most:,} units, {low:,.2f} to {high:,.2f} B tokens"
+    if plan.continue_steps:
+        tokens = plan.continue_steps * plan.batch_tokens
+        hours = plan.gpu_hours(tokens)
+        cost = "" if hours is None else f", {hours:,.0f} GPU-hours"
+        yield f"continued pretraining: {plan.continue_steps:,} steps, {tokens / 1e9:,.2f} B tokens{cost}"
+    elif 0 < plan.train_iters < plan.warmup_steps + last.steps:
+        yield f"note: --train-iters {plan.train_iters:,} may end before the target is met"
+    yield _memory_note(plan)
+
+
+def _memory_note(plan: Plan) -> str:
+    memory, gib = plan.phases[0].memory, 2.0**30
+    return (
+        f"memory at the source on {plan.num_gpus} GPU(s), GiB each: weights {memory.weights / gib:.1f}, gradients "
+        f"{memory.gradients / gib:.1f}, fp32 masters {memory.masters / gib:.1f}, moments {memory.moments / gib:.1f}, "
+        f"activations {memory.activations / gib:.1f} ({memory.activations_recomputed / gib:.1f} with --recompute; "
+        "an estimate)"
+    )

@@ -1,0 +1,178 @@
+"""From weight and gradient fragments to one score per head, FFN channel and stem channel (paper 3.2).
+
+Only the output layer group is measured: column sums over ``o_proj`` give heads, over ``down_proj`` FFN channels, row
+sums of both over all layers give stem channels. A rank reduces whatever fragments of those matrices it owns; the sums
+of all ranks add up, so only vectors travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_prune.architecture import TensorSpec
+from megatron_prune.parallel.partition import DEAD, IntArray, Partition
+from megatron_prune.pruning.metrics import Metric, elementwise
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragment:
+    """A contiguous piece of one matrix as an optimizer shard holds it.
+
+    Attributes:
+        spec: the matrix.
+        weight: flat master weights ``[numel]``.
+        grad: flat gradient of the mean loss ``[numel]``.
+        start: position of the first element in the flattened physical matrix.
+        shape: physical ``(rows, columns)``.
+    """
+
+    spec: TensorSpec
+    weight: Tensor
+    grad: Tensor
+    start: int
+    shape: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class SaliencyVectors:
+    """Sums of element scores in source coordinates, fp64; ``inf`` where the unit is gone.
+
+    Attributes:
+        heads: ``[layers, source heads]``.
+        ffn: ``[layers, source channels]``.
+        stem: ``[source hidden]``.
+        finite: False when a live sum is NaN or infinite: nothing may be decided from these vectors.
+    """
+
+    heads: FloatArray
+    ffn: FloatArray
+    stem: FloatArray
+    finite: bool = True
+
+
+def is_output_matrix(spec: TensorSpec) -> bool:
+    """True for the matrices whose elements are scored (the paper's "Efficient Calculation")."""
+    return spec.name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight"))
+
+
+def fragment_sums(scores: Tensor, start: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row and column sums of a flat fragment of a matrix, in fp64.
+
+    Args:
+        scores: ``[numel]`` element scores.
+        start: position of the first in the flattened matrix.
+        shape: ``(rows, columns)`` of the whole matrix.
+
+    Returns:
+        ``rows [shape[0]]`` and ``columns [shape[1]]``, zero where the fragment does not reach.
+    """
+    num_rows, width = shape
+    rows = torch.zeros(num_rows, dtype=torch.float64, device=scores.device)
+    columns = torch.zeros(width, dtype=torch.float64, device=scores.device)
+    position = 0
+    while position < scores.numel():
+        row, column = divmod(start + position, width)
+        if column or scores.numel() - position < width:  # a row the fragment only partly covers
+            piece = scores[position : position + width - column]
+            rows[row] += piece.sum(dtype=torch.float64)
+            columns[column : column + piece.numel()] += piece
+            position += piece.numel()
+            continue
+        count = (scores.numel() - position) // width
+        block = scores[position : position + count * width].view(count, width)
+        rows[row : row + count] += block.sum(1, dtype=torch.float64)
+        columns += block.sum(0, dtype=torch.float64)
+        position += count * width
+    return rows, columns
+
+
+@torch.no_grad()
+def accumulate(
+    fragments: Iterable[Fragment],
+    partition: Partition,
+    metric: Metric,
+    all_reduce: Callable[[Tensor], None],
+    device: torch.device,
+    tp_rank: int = 0,
+) -> SaliencyVectors:
+    """Score the fragments this rank owns and add up all ranks.
+
+    Args:
+        fragments: this rank's pieces of ``o_proj`` and ``down_proj`` of any layers.
+        partition: the placement the fragments are in.
+        metric: ``taylor`` or ``magnitude``.
+        all_reduce: sums an fp64 vector over all ranks in place.
+        device: where the sums are formed.
+        tp_rank: whose slots the fragments use.
+
+    Returns:
+        The same vectors on every rank.
+    """
+    source, score = partition.source, elementwise(metric)
+    heads = torch.zeros(source.num_layers, source.num_attention_heads, dtype=torch.float64, device=device)
+    ffn = torch.zeros(source.num_layers, source.ffn_hidden_size, dtype=torch.float64, device=device)
+    stem = torch.zeros(source.hidden_size, dtype=torch.float64, device=device)
+    for fragment in fragments:
+        layer = fragment.spec.layer
+        assert layer is not None
+        rows, columns = fragment_sums(score(fragment.weight, fragment.grad), fragment.start, fragment.shape)
+        _scatter(stem, partition.stem, rows)
+        if fragment.spec.axes[1] == "heads":
+            per_head = columns.view(-1, source.head_dim).sum(1)
+            _scatter(heads[layer], partition.slots("heads", layer, tp_rank), per_head)
+        else:
+            _scatter(ffn[layer], partition.slots("ffn", layer, tp_rank), columns)
+    packed = torch.cat([heads.flatten(), ffn.flatten(), stem])
+    all_reduce(packed)
+    split = packed.cpu().split([heads.numel(), ffn.numel(), stem.numel()])
+    return mask_removed(
+        SaliencyVectors(split[0].view(heads.shape).numpy(), split[1].view(ffn.shape).numpy(), split[2].numpy()),
+        partition,
+        finite=bool(torch.isfinite(packed).all()),
+    )
+
+
+def random_vectors(partition: Partition, seed: int, step: int) -> SaliencyVectors:
+    """The ``random`` baseline: uniform draws that depend on the seed and the step alone, scaled to group sizes."""
+    source, arch = partition.source, partition.architecture()
+    draw = np.random.Generator(np.random.Philox(key=[seed, step]))
+    head_size = arch.hidden_size * arch.head_dim
+    stem_size = arch.num_layers * (arch.num_attention_heads * arch.head_dim + arch.ffn_hidden_size)
+    vectors = SaliencyVectors(
+        heads=draw.random((source.num_layers, source.num_attention_heads)) * head_size,
+        ffn=draw.random((source.num_layers, source.ffn_hidden_size)) * arch.hidden_size,
+        stem=draw.random(source.hidden_size) * stem_size,
+    )
+    return mask_removed(vectors, partition)
+
+
+def mask_removed(vectors: SaliencyVectors, partition: Partition, finite: bool = True) -> SaliencyVectors:
+    """Put ``inf`` where a unit is gone, so that no minimum finds it."""
+
+    def masked(vector: FloatArray, slots: IntArray) -> FloatArray:
+        gone = np.ones(vector.shape, dtype=bool)
+        flat = slots.reshape(-1)
+        gone[flat[flat != DEAD]] = False
+        return np.where(gone, np.inf, vector)
+
+    layers = range(partition.source.num_layers)
+    return SaliencyVectors(
+        heads=np.stack([masked(vectors.heads[layer], partition.heads[layer]) for layer in layers]),
+        ffn=np.stack([masked(vectors.ffn[layer], partition.ffn[layer]) for layer in layers]),
+        stem=masked(vectors.stem, partition.stem),
+        finite=finite,
+    )
+
+
+def _scatter(target: Tensor, slots: IntArray, values: Tensor) -> None:
+    alive = torch.from_numpy(np.nonzero(slots != DEAD)[0]).to(values.device)
+    units = torch.from_numpy(slots[slots != DEAD]).to(values.device)
+    target[units] += values[alive]

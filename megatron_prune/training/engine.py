@@ -1,0 +1,273 @@
+"""The only module that talks to a DeepSpeed engine.
+
+One engine path serves every layout: PipelineModule under PipelineEngine with ZeRO-1. DeepSpeed's flat buffers cannot
+change size, so a change of shape ends the engine and starts a new one on the same module; starting, compacting and
+resuming are the same routine and differ only in where the states come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from torch import Tensor
+
+from megatron_prune.architecture import TensorSpec
+from megatron_prune.model.pipeline import NamedParameter, follow_partition, named_parameters
+from megatron_prune.ops.optimizer import Adam
+from megatron_prune.parallel.collectives import sum_over_copies_
+from megatron_prune.parallel.mesh import Mesh
+from megatron_prune.parallel.partition import Partition
+from megatron_prune.parallel.placement import move
+from megatron_prune.parallel.states import MOMENTS, STATE_KINDS, StateFragment, StateKind, StateSource
+from megatron_prune.pruning.saliency import Fragment, is_output_matrix
+from megatron_prune.pruning.surgery import dead_elements, zero_fragment_, zero_tensor_
+
+@dataclasses.dataclass(frozen=True)
+class AdamSettings:
+    """What the optimizer is built from (the learning rate is set before every step)."""
+
+    make: Adam
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """Outcome of one optimizer step.
+
+    Attributes:
+        loss: mean loss over all tokens of the global batch.
+        grad_norm: norm of the whole gradient before clipping.
+        applied: False when a non-finite gradient made the step a no-op.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+class PruningEngine:
+    """A pipeline engine whose model can lose groups logically at any step and shrink physically.
+
+    Args:
+        pipeline: this rank's stage; reused for the life of the run, since a fresh one leaks process groups.
+        partition: the placement to start in.
+        config: DeepSpeed's JSON, derived from ours.
+        adam: optimizer settings.
+        mesh: groups.
+        precision: dtype of the model's own weights.
+    """
+
+    def __init__(
+        self,
+        pipeline: PipelineModule,
+        partition: Partition,
+        config: Mapping[str, Any],
+        adam: AdamSettings,
+        mesh: Mesh,
+        precision: torch.dtype,
+    ) -> None:
+        self.partition = partition
+        self._pipeline = pipeline
+        self._config = dict(config)
+        self._adam = adam
+        self._mesh = mesh
+        self._precision = precision
+        self._before_step: Callable[[], None] | None = None
+        self._engine: Any = None
+        self._has_moments = False
+        self._parameters: list[NamedParameter] = []
+
+    # -- start, compact, resume -------------------------------------------------------------------------------------
+
+    def start(self, partition: Partition, states: StateSource, adam_steps: int) -> None:
+        """Give the module parameters of the partition's sizes, start an engine and fill its optimizer.
+
+        Args:
+            partition: placement of the states.
+            states: where master weights (and, after the first step, moments) come from.
+            adam_steps: optimizer steps the moments have seen; 0 leaves them fresh.
+        """
+        self.partition = partition
+        self._parameters = named_parameters(self._pipeline, partition)
+        for entry in self._parameters:
+            master = states(entry.spec, "master")
+            assert master.shape == partition.shape(entry.spec), (entry.spec.name, master.shape)
+            entry.replace(master.to(self._mesh.device, self._precision))
+        follow_partition(self._pipeline, partition)
+        self._engine = self._initialize()
+        self._has_moments = False
+        if adam_steps:
+            self._make_moments(adam_steps)
+        for kind in STATE_KINDS if adam_steps else STATE_KINDS[:1]:
+            for entry in self._parameters:
+                self._fill(entry, kind, states(entry.spec, kind))
+
+    def compact(self, partition: Partition, adam_steps: int) -> None:
+        """Move to a partition with fewer slots, keeping every live weight, master and moment.
+
+        No rank holds more than its own old and new fragments plus one whole parameter.
+        """
+        old = self.partition
+        fragments = {(f.spec.name, f.kind): (f.start, f.values.clone()) for f in self.state_fragments()}
+        self._stop()
+
+        def states(spec: TensorSpec, kind: StateKind) -> Tensor:
+            shape = old.shape(spec)
+            whole = torch.zeros(shape, dtype=torch.float32, device=self._mesh.device)
+            if (spec.name, kind) in fragments:
+                start, values = fragments[spec.name, kind]
+                whole.view(-1)[start : start + values.numel()] = values
+            sum_over_copies_(whole, self._mesh)
+            return move(whole, spec, old, partition)
+
+        self.start(partition, states, adam_steps)
+
+    def _initialize(self) -> Any:
+        decayed = [e.parameter for e in self._parameters if e.parameter.dim() > 1]
+        plain = [e.parameter for e in self._parameters if e.parameter.dim() <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": self._adam.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        optimizer = self._adam.make(groups, 0.0, self._adam.betas, self._adam.eps, self._adam.weight_decay)
+        engine, *_ = deepspeed.initialize(model=self._pipeline, optimizer=optimizer, config=self._config)
+        take_step = engine._take_model_step
+
+        def step_with_hook(lr_kwargs: Any) -> None:
+            # After reduction and before clipping: the one place where ZeRO-1 gradients can be read.
+            if self._before_step is not None:
+                self._before_step()
+            take_step(lr_kwargs)
+
+        engine._take_model_step = step_with_hook
+        return engine
+
+    def _stop(self) -> None:
+        self._engine.destroy()
+        del self._engine._take_model_step  # the wrapper's closure would keep the engine alive
+        self._engine = None
+        for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks"):
+            getattr(self._pipeline, hooks).clear()
+        for entry in self._parameters:
+            entry.replace(torch.empty(0))
+        gc.collect()
+
+    # -- optimizer memory -------------------------------------------------------------------------------------------
+
+    def state_fragments(self) -> Iterator[StateFragment]:
+        """This rank's pieces of every state, in model order. Moments appear after the first step."""
+        for entry in self._parameters:
+            mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:  # this rank owns no part of it
+                continue
+            start = mapping.lp_fragment_address.start
+            yield StateFragment(entry.spec, "master", start, mapping.get_hp_fragment().detach())
+            for kind in MOMENTS:
+                if self._has_moments:
+                    yield StateFragment(entry.spec, kind, start, mapping.get_hp_fragment(kind))
+
+    def output_fragments(self) -> Iterator[Fragment]:
+        """Weights and gradients of ``o_proj`` and ``down_proj`` this rank owns; only inside ``before_step``."""
+        for entry in self._parameters:
+            parameter: Any = entry.parameter
+            mapping = parameter._hp_mapping
+            if mapping is None or not is_output_matrix(entry.spec):
+                continue
+            address = mapping.lp_fragment_address
+            grad = mapping.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
+            if grad.numel() != address.numel:  # BF16_Optimizer hands out the whole gradient
+                grad = grad.narrow(0, address.start, address.numel)
+            rows, columns = parameter.shape
+            yield Fragment(entry.spec, mapping.get_hp_fragment().detach(), grad, address.start, (rows, columns))
+
+    def remove(self, after: Partition) -> None:
+        """Zero every unit that ``after`` no longer holds, in weights, masters and moments."""
+        by_name: dict[str, list[tuple[int, Any]]] = {}
+        for spec, dim, index in dead_elements(self.partition, after):
+            by_name.setdefault(spec.name, []).append((dim, index))
+        for entry in self._parameters:
+            for dim, index in by_name.get(entry.spec.name, ()):
+                zero_tensor_(entry.parameter, dim, index)
+        for fragment in self.state_fragments():
+            for dim, index in by_name.get(fragment.spec.name, ()):
+                shape = self.partition.shape(fragment.spec)
+                zero_fragment_(fragment.values, fragment.start, shape, dim, index)
+        self.partition = after
+        follow_partition(self._pipeline, after)
+
+    def whole_master(self, spec: TensorSpec) -> Tensor:
+        """The whole physical fp32 master of one tensor; a collective over the copies."""
+        (entry,) = (e for e in self._parameters if e.spec.name == spec.name)
+        mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
+        whole = torch.zeros(entry.parameter.shape, dtype=torch.float32, device=self._mesh.device)
+        if mapping is not None:
+            address = mapping.lp_fragment_address
+            whole.view(-1)[address.start : address.start + address.numel] = mapping.get_hp_fragment().detach()
+        sum_over_copies_(whole, self._mesh)
+        return whole
+
+    def _make_moments(self, adam_steps: int) -> None:
+        inner = self._engine.optimizer.optimizer
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                step = torch.tensor(float(adam_steps), device=flat.device if group.get("fused") else "cpu")
+                inner.state[flat] = {"step": step, **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        # torch creates the moments at the first step; DeepSpeed's fragments must be pointed at them afterwards.
+        self._engine.optimizer._hp_optimizer_states_linked = False
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._has_moments = True
+
+    def _fill(self, entry: NamedParameter, kind: StateKind, whole: Tensor) -> None:
+        mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return
+        address = mapping.lp_fragment_address
+        target = mapping.get_hp_fragment(None if kind == "master" else kind)
+        with torch.no_grad():
+            target.copy_(whole.reshape(-1)[address.start : address.start + address.numel])
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def train_step(
+        self, batches: Iterable[tuple[Tensor, Tensor]], lr: float, before_step: Callable[[], None] | None
+    ) -> StepResult:
+        """One optimizer step over this rank's micro-batches.
+
+        Args:
+            batches: ``(tokens [B, S], next tokens [B, S])`` int64, one pair per micro-batch.
+            lr: learning rate of the step.
+            before_step: called once with reduced, unclipped gradients in place.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._before_step = before_step
+        loss = self._engine.train_batch(iter(batches))
+        self._before_step = None
+        applied = bool(self._engine.was_step_applied())
+        if applied and not self._has_moments:
+            self._link_moments()
+        return StepResult(float(loss), float(self._engine.get_global_grad_norm()), applied)
+
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], count: int) -> float:
+        """Mean loss over ``count`` micro-batches per copy."""
+        return float(self._engine.eval_batch(iter(batches), num_micro_batches=count))
+
+
+def prepare_deepspeed(verbose: bool) -> None:
+    """Attach DeepSpeed to the process group and keep it from building what training never calls."""
+    # The op serves inference_all_reduce only and would compile for minutes on a CPU machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)

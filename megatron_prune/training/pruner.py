@@ -1,0 +1,103 @@
+"""Decide and remove, once per optimizer step: joins the pure rules of ``pruning`` to the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+from megatron_prune.errors import MegatronPruneError
+from megatron_prune.parallel.collectives import agreed, all_reduce_sum_
+from megatron_prune.parallel.mesh import Mesh
+from megatron_prune.pruning.groups import units
+from megatron_prune.pruning.metrics import Metric
+from megatron_prune.pruning.planner import Budget, Decision, SaliencyNorm, choose, strike_out
+from megatron_prune.pruning.saliency import SaliencyVectors, accumulate, random_vectors
+from megatron_prune.pruning.schedule import Schedule
+from megatron_prune.training.engine import PruningEngine
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneRules:
+    """Everything that decides what is pruned and when.
+
+    Attributes:
+        budget: targets and floors.
+        schedule: pruning : gradient ratio.
+        metric: element score.
+        norm: how types are compared.
+        seed: of the ``random`` metric.
+    """
+
+    budget: Budget
+    schedule: Schedule
+    metric: Metric
+    norm: SaliencyNorm
+    seed: int
+
+
+class Pruner:
+    """Makes the decisions of a step inside it and carries them out after it.
+
+    Args:
+        engine: the model.
+        mesh: groups.
+        rules: what to do.
+    """
+
+    def __init__(self, engine: PruningEngine, mesh: Mesh, rules: PruneRules) -> None:
+        self._engine = engine
+        self._mesh = mesh
+        self._rules = rules
+        self._pending: list[Decision] = []
+
+    @property
+    def met(self) -> bool:
+        """True when the model is at or under the target."""
+        return self._rules.budget.met(self._engine.partition.architecture())
+
+    def due(self, step: int, spent: int) -> bool:
+        """True when optimizer step ``step`` (0-based) has to prune."""
+        return self._rules.schedule.wants(step, spent)
+
+    def decide(self, step: int, spent: int) -> None:
+        """Choose this step's groups from its gradients. Runs on every rank, before clipping and the update."""
+        self._pending = []
+        vectors = self._measure(step)
+        if not vectors.finite:
+            return
+        partition, budget = self._engine.partition, self._rules.budget
+        while self._rules.schedule.wants(step, spent) and not budget.met(partition.architecture()):
+            decision = choose(vectors, partition, budget, self._rules.norm)
+            if decision is None:
+                raise MegatronPruneError(
+                    f"no group may be removed at {partition.architecture().num_parameters():,} parameters and the target "
+                    "is not met; raise --target-params or lower --prune-align, the floor of ffn and stem"
+                )
+            agreed(json.dumps([decision.group.type, decision.group.removed]), self._mesh)
+            self._pending.append(decision)
+            spent += units(decision.group.type, partition.source)
+            partition, vectors = decision.partition, strike_out(vectors, decision.group)
+
+    def commit(self) -> Iterator[Decision]:
+        """Remove what was chosen, the step having been applied; yields after each removal."""
+        decisions, self._pending = self._pending, []
+        for decision in decisions:
+            self._engine.remove(decision.partition)
+            yield decision
+
+    def discard(self) -> None:
+        """Forget what was chosen: the step was skipped and decides nothing."""
+        self._pending = []
+
+    def _measure(self, step: int) -> SaliencyVectors:
+        partition = self._engine.partition
+        if self._rules.metric == "random":
+            return random_vectors(partition, self._rules.seed, step)
+        return accumulate(
+            self._engine.output_fragments(),
+            partition,
+            self._rules.metric,
+            lambda sums: all_reduce_sum_(sums, self._mesh),
+            self._mesh.device,
+        )

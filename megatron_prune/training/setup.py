@@ -1,0 +1,260 @@
+"""From a checked Config to a Trainer: read the inputs, then build what needs process groups."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.architecture import Architecture, TensorSpec
+from megatron_prune.checkpoint.hf import (
+    SourceWeights,
+    copy_companions,
+    has_weights,
+    read_architecture,
+    read_config,
+    resolve_source,
+)
+from megatron_prune.checkpoint.manifest import Progress
+from megatron_prune.checkpoint.store import LEDGER_FILE, Checkpoint, newest_checkpoint
+from megatron_prune.config import (
+    Config,
+    deepspeed_config,
+    dump_yaml,
+    floor_shape,
+    parse_count,
+    parse_ratio,
+    parse_shape,
+)
+from megatron_prune.data.blend import TokenBlend, parse_data_path
+from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.errors import UserError
+from megatron_prune.model.pipeline import build_pipeline
+from megatron_prune.model.transformer import initial_tensor
+from megatron_prune.ops.dispatch import Ops, build_ops, parse_forced
+from megatron_prune.parallel.mesh import Mesh, make_mesh
+from megatron_prune.parallel.partition import Partition
+from megatron_prune.parallel.placement import place
+from megatron_prune.parallel.states import StateKind, StateSource
+from megatron_prune.pruning.ledger import Ledger
+from megatron_prune.pruning.planner import Budget
+from megatron_prune.pruning.schedule import Schedule
+from megatron_prune.training.batches import Batches
+from megatron_prune.training.callbacks import Checkpoints, Exports, Metrics, Validation
+from megatron_prune.training.engine import AdamSettings, PruningEngine, prepare_deepspeed
+from megatron_prune.training.loop import Callback, Trainer
+from megatron_prune.training.pruner import Pruner, PruneRules
+from megatron_prune.training.report import Reporter
+from megatron_prune.training.speed import Throughput, peak_flops
+
+SOURCE_DIR = "source"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything read before a process group exists, so that a mistake costs seconds.
+
+    Attributes:
+        source_path: local directory or config file of the source.
+        source: its architecture.
+        weights: its weights, or None to start from random ones.
+        train: training samples.
+        valid: validation samples, or None.
+        checkpoint: what to resume from, or None.
+        ops: kernels.
+    """
+
+    source_path: Path
+    source: Architecture
+    weights: SourceWeights | None
+    train: TokenBlend
+    valid: TokenBlend | None
+    checkpoint: Checkpoint | None
+    ops: Ops
+
+
+def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inputs:
+    """Open and check everything the run reads.
+
+    Raises:
+        UserError: something is missing, damaged or does not fit the source.
+    """
+    ops = build_ops(parse_forced(config.train.op_impl), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    weights = SourceWeights(source_path, source) if has_weights(source_path) else None
+    if config.model.tokenizer is not None:
+        _check_tokenizer(config.model.tokenizer, source)
+    blends = parse_data_path(config.data.data_path)
+
+    def blend(which: Any) -> TokenBlend:
+        data, seed = config.data, config.train.seed
+        return TokenBlend(blends, data.seq_length, seed, data.split, which, source.vocab_size)
+
+    return Inputs(
+        source_path=source_path,
+        source=source,
+        weights=weights,
+        train=blend("train"),
+        valid=blend("valid") if config.run.eval_interval else None,
+        checkpoint=_find_checkpoint(config, source),
+        ops=ops,
+    )
+
+
+def read_source(config: Config) -> tuple[Path, Architecture]:
+    """Locate the source and read its architecture.
+
+    Raises:
+        UserError: it is missing or of an unsupported kind.
+    """
+    assert config.model.source is not None, "validate_config checks it"
+    path = resolve_source(config.model.source)
+    return path, read_architecture(path)
+
+
+def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter: Reporter) -> Trainer:
+    """Build the model, its engine, the data order and the callbacks. Needs a process group.
+
+    Args:
+        config: checked settings.
+        inputs: what was read.
+        device: of this process.
+        reporter: where lines go.
+    """
+    prepare_deepspeed(verbose=False)
+    world_size = torch.distributed.get_world_size()
+    checkpoint = inputs.checkpoint
+    partition = checkpoint.manifest.partition if checkpoint else Partition.of(inputs.source)
+    progress = checkpoint.manifest.progress if checkpoint else Progress()
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layer table
+        pipeline = build_pipeline(partition, inputs.ops, world_size, config.train.recompute)
+    mesh = make_mesh(device, pipeline.mpu().get_data_parallel_group())
+    optim = config.optim
+    engine = PruningEngine(
+        pipeline,
+        partition,
+        deepspeed_config(config, world_size),
+        AdamSettings(inputs.ops.adam, (optim.adam_beta1, optim.adam_beta2), optim.adam_eps, optim.weight_decay),
+        mesh,
+        torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+    )
+    engine.start(partition, _states(config, inputs, partition), progress.adam_steps)
+    run_dir = _prepare_run_dir(config, inputs, mesh)
+    ledger = Ledger(run_dir / LEDGER_FILE if run_dir is not None and mesh.is_main else None)
+    ledger.restore(checkpoint.events if checkpoint else [])
+    reporter.truncate_after(progress.step)
+    return Trainer(
+        config,
+        engine,
+        _pruner(config, inputs.source, engine, mesh),
+        Batches(inputs.train, inputs.valid, config.train.micro_batch_size, config.train.global_batch_size, mesh),
+        mesh,
+        ledger,
+        progress,
+        _callbacks(config, inputs, mesh, reporter, run_dir),
+    )
+
+
+def _pruner(config: Config, source: Architecture, engine: PruningEngine, mesh: Mesh) -> Pruner | None:
+    prune = config.prune
+    if not prune.active:
+        return None
+    hidden, ffn, heads = floor_shape(prune, source)
+    shape = None
+    if prune.target_shape is not None:
+        goal = parse_shape(prune.target_shape).resolve(source)
+        shape = {"stem": goal[0], "ffn": goal[1], "attention": goal[2]}
+    budget = Budget(
+        target_params=None if prune.target_params is None else parse_count(prune.target_params),
+        target_shape=shape,
+        floors={"attention": heads, "ffn": ffn, "stem": hidden},
+        axes=prune.prune_axes,
+    )
+    pruning, gradient = parse_ratio(prune.prune_ratio)
+    schedule = Schedule(pruning, gradient, config.prune_start_iter)
+    metric = "taylor" if prune.prune_metric == "param_first" else prune.prune_metric
+    return Pruner(engine, mesh, PruneRules(budget, schedule, metric, prune.saliency_norm, config.train.seed))
+
+
+def _callbacks(
+    config: Config, inputs: Inputs, mesh: Mesh, reporter: Reporter, run_dir: Path | None
+) -> list[Callback]:
+    on_gpu = mesh.device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
+    throughput = Throughput(config.data.seq_length, mesh.world_size, peak)
+    target = None if config.prune.target_params is None else parse_count(config.prune.target_params)
+    callbacks: list[Callback] = [Metrics(reporter, throughput, target)]
+    if inputs.valid is not None:
+        callbacks.append(Validation(reporter, throughput))
+    if run_dir is not None:
+        callbacks.append(Exports(reporter, throughput, run_dir, _source_config(inputs)))
+        callbacks.append(Checkpoints(reporter, throughput, run_dir))
+    return callbacks
+
+
+def _states(config: Config, inputs: Inputs, partition: Partition) -> StateSource:
+    checkpoint, weights = inputs.checkpoint, inputs.weights
+
+    def from_source(spec: TensorSpec, kind: StateKind) -> torch.Tensor:
+        assert kind == "master", "a source has no moments"
+        if weights is None:
+            shape = inputs.source.tensor_shape(spec)
+            return initial_tensor(spec.name, shape, config.train.seed, inputs.source.num_layers)
+        return place(weights.tensor(spec.name).float(), spec, partition)
+
+    return checkpoint.whole if checkpoint is not None else from_source
+
+
+def _find_checkpoint(config: Config, source: Architecture) -> Checkpoint | None:
+    run = config.run
+    if run.load is not None and newest_checkpoint(Path(run.load)) is None:
+        raise UserError(f"--load {run.load} holds no complete checkpoint; check the path, or drop --load to start anew")
+    directory = run.load if run.load is not None else run.save
+    newest = newest_checkpoint(Path(directory)) if directory is not None else None
+    if newest is None:
+        return None
+    checkpoint = Checkpoint(newest)
+    if checkpoint.manifest.partition.source != source:
+        raise UserError(
+            f"{newest} was started from another source than --source {config.model.source}; "
+            "give the same source, or another --save to start anew"
+        )
+    return checkpoint
+
+
+def _check_tokenizer(tokenizer: str, source: Architecture) -> None:
+    size = load_tokenizer(tokenizer).vocab_size
+    if size > source.vocab_size:
+        raise UserError(
+            f"--tokenizer {tokenizer} has {size} tokens but the model only {source.vocab_size}; give the source's own"
+        )
+
+
+def _source_config(inputs: Inputs) -> Mapping[str, Any]:
+    return read_config(inputs.source_path)
+
+
+def _prepare_run_dir(config: Config, inputs: Inputs, mesh: Mesh) -> Path | None:
+    """Write the resolved settings and keep what exports need of the source, so that the run stands alone."""
+    if config.run.save is None:
+        return None
+    run_dir = Path(config.run.save)
+    if mesh.is_main:
+        kept = run_dir / SOURCE_DIR
+        kept.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_yaml(config))
+        (kept / "config.json").write_text(_config_text(inputs.source_path))
+        home = inputs.source_path if inputs.source_path.is_dir() else inputs.source_path.parent
+        copy_companions(home, kept)
+        tokenizer = config.model.tokenizer
+        if tokenizer is not None and Path(tokenizer).is_dir():
+            copy_companions(Path(tokenizer), kept)
+    return run_dir
+
+
+def _config_text(source_path: Path) -> str:
+    return (source_path / "config.json" if source_path.is_dir() else source_path).read_text()

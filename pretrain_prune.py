@@ -1,0 +1,14 @@
+#!/usr/bin/env python3
+"""Prune a language model while pretraining it.
+
+    deepspeed pretrain_prune.py --config examples/smollm_1.7b_to_457m.yaml --source SmolLM-1.7B --data-path ... --save DIR
+
+Also starts under ``torchrun``, ``srun python`` and plain ``python`` (one process). ``--help`` explains every flag.
+"""
+
+import sys
+
+from megatron_prune.pretrain import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Settings every test shares. They are made before torch or DeepSpeed are imported, which read them once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _configure_environment() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is wrong
+    os.environ.setdefault("WANDB_MODE", "offline")
+    # Processes of a multi-process test share the cores; OpenMP's default of one thread per core makes them thrash.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+_configure_environment()
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The directory that holds pretrain_prune.py, tools/ and examples/."""
+    return Path(__file__).resolve().parents[1]
