@@ -7,12 +7,14 @@ optimizer steps (paper, Eq. 7).
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.config import Config, TargetShape, floor_shape, parse_count, parse_ratio, shape_between
@@ -30,8 +32,7 @@ class Memory:
 
     Attributes:
         weights: parameters in the precision of the forward pass.
-        gradients: bf16: the bf16 gradients and DeepSpeed's unsharded fp32 sums; fp32: the gradients and this
-            process's share of their average.
+        gradients: the gradients, and in bf16 DeepSpeed's unsharded fp32 sums, in fp32 a share of the average.
         masters: fp32 masters, divided over the processes (ZeRO-1).
         moments: both Adam moments in fp32, divided over the processes.
         activations: estimate, see :func:`activation_bytes`.
@@ -79,7 +80,7 @@ class Plan:
     """The whole estimate; :func:`plan_dict` makes it JSON-ready.
 
     Attributes:
-        phases: source, exports on the way, target; the source alone when nothing is pruned.
+        phases: source, exports on the way, target; the source alone without pruning.
         ratio: pruned units and optimizer steps.
         warmup_steps: steps before pruning starts.
         batch_tokens: tokens per optimizer step.
@@ -134,26 +135,39 @@ def pruning_steps(units: int, ratio: tuple[int, int]) -> int:
 def units_range(source: Architecture, floor: tuple[int, int, int], budget: int) -> tuple[int, int]:
     """Fewest and most units with which a run can first be at or under ``budget`` parameters.
 
-    Looks at every hidden size and head count between the source and ``floor`` = (hidden, ffn, heads), with the widest
-    FFN that fits; this covers every order of removing the three kinds, the cheapest and the dearest included.
-    ``budget`` must be between the floor's parameters and the source's.
+    Every order of removing the three kinds is covered, mixed ones too. A run's last shape is within the budget and
+    the shape one removal before it was not, so only two FFN widths matter for every head count and hidden size: the
+    widest within the budget and the narrowest above it.
+
+    Args:
+        source: where the run starts.
+        floor: least (hidden, ffn, heads).
+        budget: parameters, at least those of the floor and fewer than the source's.
     """
-    fewest, most = math.inf, 0
     hidden = np.arange(floor[0], source.hidden_size + 1)
-    for heads in range(floor[2], source.num_attention_heads + 1):
-        constant, per_hidden, per_ffn, per_both = _bilinear(source, heads)
-        fits = (budget - constant - per_hidden * hidden) // (per_ffn + per_both * hidden)
-        ffn = np.minimum(fits, source.ffn_hidden_size)
-        # With the FFN whole, only the hidden size at which the budget is first met can be where a run stops.
-        one_wider = np.append(fits[1:], -1)
-        reached = (ffn >= floor[1]) & ((fits < source.ffn_hidden_size) | (one_wider < source.ffn_hidden_size))
-        if reached.any():
-            units = units_between(source, TargetShape(0, 0, heads)) - (
-                STEM_CHANNEL_UNITS * hidden[reached] + FFN_CHANNEL_UNITS * ffn[reached]
-            )
-            fewest, most = min(fewest, int(units.min())), max(most, int(units.max()))
-    assert fewest <= most, "the budget lies outside what validate_against_source allows"
-    return int(fewest), most
+    heads = np.arange(floor[2], source.num_attention_heads + 1)
+    fits = np.stack([_widest_ffn(source, int(count), hidden, budget) for count in heads])  # [heads, hidden]
+    others = source.head_dim * (source.num_attention_heads - heads)[:, None]
+    others = others + STEM_CHANNEL_UNITS * (source.hidden_size - hidden)
+
+    within = np.minimum(fits, source.ffn_hidden_size)
+    units = others + FFN_CHANNEL_UNITS * (source.ffn_hidden_size - within)
+    fewest = units[within >= floor[1]].min()
+
+    above = np.maximum(fits + 1, floor[1])
+    units, exists = others + FFN_CHANNEL_UNITS * (source.ffn_hidden_size - above), above <= source.ffn_hidden_size
+    last_steps = (
+        (units + FFN_CHANNEL_UNITS)[exists & (above > floor[1])],
+        (units + STEM_CHANNEL_UNITS)[:, 1:][exists[:, 1:] & (above[:, 1:] <= fits[:, :-1])],
+        (units + source.head_dim)[1:][exists[1:] & (above[1:] <= fits[:-1])],
+    )
+    return int(fewest), max(int(found.max()) for found in last_steps if found.size)
+
+
+def _widest_ffn(source: Architecture, heads: int, hidden: npt.NDArray[np.int64], budget: int) -> npt.NDArray[np.int64]:
+    """Widest FFN within a budget at every hidden size, below zero where none is, possibly above the source's."""
+    constant, per_hidden, per_ffn, per_both = _bilinear(source, heads)
+    return (budget - constant - per_hidden * hidden) // (per_ffn + per_both * hidden)
 
 
 def _bilinear(source: Architecture, heads: int) -> tuple[int, int, int, int]:
@@ -170,7 +184,7 @@ def _bilinear(source: Architecture, heads: int) -> tuple[int, int, int, int]:
 def shape_at_budget(source: Architecture, floor: tuple[int, int, int], budget: int) -> Architecture:
     """First shape at or under ``budget`` when every axis shrinks in proportion towards ``floor``.
 
-    A stand-in for the shape that the run will find, good for memory and for a middle estimate of the units.
+    A stand-in for the shape that the run will find.
     """
     widths = (source.hidden_size, source.ffn_hidden_size, source.num_attention_heads)
     parts = max(1, sum(width - least for width, least in zip(widths, floor, strict=True)))
@@ -180,20 +194,13 @@ def shape_at_budget(source: Architecture, floor: tuple[int, int, int], budget: i
         hidden, ffn, heads = (width - step for width, step in zip(widths, steps, strict=True))
         return shape_between(source, hidden, ffn, heads)
 
-    low, high = 0, parts
-    while low < high:
-        middle = (low + high) // 2
-        if shape(middle).num_parameters() <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    return shape(low)
+    return shape(bisect.bisect_left(range(parts), True, key=lambda part: shape(part).num_parameters() <= budget))
 
 
 def activation_bytes(
     arch: Architecture, micro_batch_size: int, seq_length: int, element_bytes: int, recompute: bool
 ) -> int:
-    """Estimate of what the backward pass keeps for one micro-batch, in bytes.
+    """Estimate of what the backward pass needs for one micro-batch, in bytes.
 
     Per token and layer, in elements: 4 hidden (the inputs and outputs of the two norms), 2 query widths (q, and the
     attention's output), 2 KV widths (k, v) and 4 ffn (gate, up, the activated gate, their product). Attention is
@@ -238,9 +245,8 @@ def make_plan(
 ) -> Plan:
     """The estimate of a run.
 
-    With ``--target-shape`` the end is known and its units are exact. A shape that the run will search (the end under
-    ``--target-params``, every export) is stood in for by one shrunk in proportion, see :func:`shape_at_budget`; the
-    bounds of its units come from :func:`units_range`.
+    With ``--target-shape`` the end is exact. A shape that the run will search (the end under ``--target-params``,
+    every export) is stood in for by :func:`shape_at_budget`, with the bounds of :func:`units_range`.
 
     Args:
         config: settings whose pruning part passed ``validate_against_source``.
@@ -272,13 +278,12 @@ def _stops(config: Config, source: Architecture) -> Iterator[tuple[str, Architec
     if not prune.active:
         return
     floor = floor_shape(prune, source)
-    for mark in sorted(prune.export_at, key=parse_count, reverse=True):
-        budget = parse_count(mark)
-        yield mark, shape_at_budget(source, floor, budget), units_range(source, floor, budget)
+    searched = [(mark, parse_count(mark)) for mark in sorted(prune.export_at, key=parse_count, reverse=True)]
     if prune.target_params is not None:
-        budget = parse_count(prune.target_params)
-        yield "target", shape_at_budget(source, floor, budget), units_range(source, floor, budget)
-    else:
+        searched.append(("target", parse_count(prune.target_params)))
+    for name, budget in searched:
+        yield name, shape_at_budget(source, floor, budget), units_range(source, floor, budget)
+    if prune.target_params is None:
         arch = shape_between(source, *floor)
         units = units_between(source, TargetShape(*floor))
         yield "target", arch, (units, units)
@@ -365,12 +370,10 @@ def format_plan(plan: Plan) -> str:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    last, (pruned, steps) = plan.phases[-1], plan.ratio
+    last, ratio = plan.phases[-1], "{}:{}".format(*plan.ratio)
     if len(plan.phases) > 1:
-        yield (
-            f"pruning: {plan.warmup_steps:,} warm-up steps, then {last.steps:,} steps at {pruned}:{steps} "
-            f"of {plan.batch_tokens:,} tokens each"
-        )
+        steps = f"{plan.warmup_steps:,} warm-up steps, then {last.steps:,} steps at {ratio}"
+        yield f"pruning: {steps}, of {plan.batch_tokens:,} tokens each"
     if any(phase.units_range[0] != phase.units_range[1] for phase in plan.phases):
         yield "~ the run decides; here every axis shrinks in proportion. From the cheapest to the dearest way down:"
         for phase in plan.phases[1:]:

@@ -11,16 +11,17 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from megatron_prune.errors import UserError
-from megatron_prune.training.console import format_count
+from megatron_prune.training.console import COUNT_SUFFIXES, format_count
 from megatron_prune.training.report import METRICS_FILE, read_jsonl
 
 LEDGER_FILE = "ledger.jsonl"
 DOTS_PER_INCH = 150
 #: Points of the running mean that is drawn over the training loss, as a share of the run.
 SMOOTHING_SHARE = 0.02
+#: Top of an axis that starts at zero, relative to the largest value, so that a line at the top shows.
+HEADROOM = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +68,9 @@ def read_run(run_dir: Path) -> RunRecords:
     path = run_dir / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{run_dir} has no {METRICS_FILE}; give the --save directory of a run that has logged a step")
-    try:
-        metrics = read_jsonl(path)
-        ledger = run_dir / LEDGER_FILE
-        events = read_jsonl(ledger) if ledger.is_file() else []
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot read the run: {error}; restore the file or resume the run") from error
+    metrics = read_jsonl(path)
+    ledger = run_dir / LEDGER_FILE
+    events = read_jsonl(ledger) if ledger.is_file() else []
     training = tuple(record for record in metrics if "loss" in record)
     if not training:
         raise UserError(f"{path} has no whole training line yet; try again after the first --log-interval")
@@ -127,11 +125,11 @@ def _saliency_figure(records: RunRecords) -> Figure:
             [0, *tokens], [1.0, *remaining], style.dash, where="post", color=style.colour, label=style.label
         )
     scores.set_yscale("log")
-    scores.set_ylabel("saliency of the next group\n(mean per element)")
+    scores.set_ylabel("saliency of the next group")
     scores.set_title("Saliency of the three candidates, and what remains")
     scores.legend(title="candidate")
     shares.set_ylabel("remaining / source")
-    shares.set_ylim(0, 1.05)
+    shares.set_ylim(0, HEADROOM)
     shares.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     shares.legend(loc="lower left")
     _over_tokens(shares)
@@ -156,10 +154,10 @@ def _shape_figure(records: RunRecords) -> Figure:
     before = max([counts[0], *(record["parameters"] for record in records.training if "parameters" in record)])
     parameters.step([0, *tokens, end], [before, *counts, counts[-1]], where="post", color=_VALIDATION_COLOUR)
     parameters.set_ylabel("parameters")
-    parameters.yaxis.set_major_formatter(EngFormatter(sep=""))
+    parameters.yaxis.set_major_formatter(_tick)
     parameters.set_title(f"parameters: {format_count(before)} → {format_count(counts[-1])}")
     for axes in panels:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] * HEADROOM)
         axes.grid(alpha=0.3)
     for axes in (panels[2], panels[3]):
         _over_tokens(axes)
@@ -194,7 +192,7 @@ def _throughput_figure(records: RunRecords) -> Figure:
     speed = [_number(record.get("tokens_per_second")) for record in records.training]
     panels[0].plot(tokens, speed, color="#0072B2", linewidth=1.0, label="measured")
     panels[0].set_ylabel("tokens per second")
-    panels[0].yaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[0].yaxis.set_major_formatter(_tick)
     panels[0].set_title("Throughput")
     if with_mfu:
         mfu = [_number(record.get("mfu")) for record in records.training]
@@ -203,7 +201,7 @@ def _throughput_figure(records: RunRecords) -> Figure:
         panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     for axes in panels:
         _mark_end_of_pruning(axes, records)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] * HEADROOM)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
     _over_tokens(panels[-1])
@@ -218,9 +216,15 @@ def _mark_end_of_pruning(axes: Axes, records: RunRecords) -> None:
 
 def _over_tokens(axes: Axes) -> None:
     axes.set_xlabel("training tokens")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(_tick)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
+
+
+def _tick(value: float, _: object) -> str:
+    """Label of an axis: never rounded as a count in running text is, or neighbouring ticks would look uneven."""
+    suffix, size = next((pair for pair in COUNT_SUFFIXES if value >= pair[1]), ("", 1))
+    return f"{value / size:g}{suffix}"
 
 
 def _number(value: float | None) -> float:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from megatron_prune.checkpoint.hf_config import architecture_from_hf, export_model_type, hf_config_from_architecture
-from megatron_prune.checkpoint.hf_export import ExportReport, TensorSource, VerifyReport, copy_companions, export_hf, verify_export
+from megatron_prune.checkpoint.hf_export import (
+    ExportReport,
+    TensorSource,
+    VerifyReport,
+    copy_companions,
+    export_hf,
+    verify_export,
+)
 from megatron_prune.checkpoint.hf_source import (
     SourceWeights,
     has_weights,

@@ -298,5 +298,7 @@ def _sliding_window(family: Family, values: Mapping[str, Any], layers: int) -> i
         kinds = ", ".join(sorted(set(types)))
         raise UserError(f"config.json: layers of different kinds ({kinds}) are not supported; all must be of one kind")
     if window is None:
-        raise UserError("config.json: layer_types says sliding_attention, but use_sliding_window and a window are not set")
+        raise UserError(
+            "config.json: layer_types says sliding_attention, but there is no window; set use_sliding_window"
+        )
     return _positive_int(values, "sliding_window")

@@ -89,7 +89,8 @@ def dump_yaml(config: Config) -> str:
     """All settings as YAML, defaults included; reading it back gives an equal :class:`Config`."""
     flat = {name: getattr(getattr(config, item.part), name) for name, item in settings().items()}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=None)
+    # ASCII: with allow_unicode PyYAML writes some line separators raw and reads them back as blanks.
+    return yaml.safe_dump(plain, sort_keys=False, width=math.inf, default_flow_style=None)
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:

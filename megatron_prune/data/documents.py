@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import glob
 import gzip
+import io
 import json
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import zstandard
 
@@ -22,7 +23,7 @@ _KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "json
 _COMPRESSIONS = (".gz", ".zst")
 #: Directories of the standard library that hold tests or other people's packages.
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-#: A generated module that holds the build machine's paths, unlike on every machine.
+#: A generated module with paths of the machine that built the interpreter, so different everywhere.
 _NOT_SOURCE = "_sysconfigdata"
 MIN_SHARD_BYTES = 4 << 20  # below this, starting and merging a shard costs more than it gains
 MAX_SHARDS = 4096  # keeps the directory of shards of a terabyte small
@@ -165,11 +166,49 @@ def read_documents(shard: Shard, json_key: str) -> Iterator[str]:
         yield from _parquet_rows(shard, json_key)
 
 
+class _ZstdFile(io.RawIOBase):
+    """The uncompressed bytes of a file of any number of frames, as parallel compressors write them.
+
+    The library's own reader takes a truncated file for a complete one; this one raises EOFError.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._file = open(name, "rb")  # noqa: SIM115  closed by close()
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside_frame = False
+        self._pending = memoryview(b"")  # cutting a view copies nothing
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._pending:
+            packed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._inside_frame = False
+            packed = packed or self._file.read(zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE)
+            if not packed:
+                if self._inside_frame:
+                    raise EOFError("it ends inside a zstd frame")
+                return 0
+            self._inside_frame = True
+            self._pending = memoryview(self._frame.decompress(packed))
+        count = min(len(buffer), len(self._pending))
+        buffer[:count] = self._pending[:count]
+        self._pending = self._pending[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _open(name: str) -> BinaryIO:
     if name.endswith(".gz"):
         return cast(BinaryIO, gzip.open(name, "rb"))
     if name.endswith(".zst"):
-        return cast(BinaryIO, zstandard.open(name, "rb"))
+        return io.BufferedReader(_ZstdFile(name))
     return open(name, "rb")
 
 

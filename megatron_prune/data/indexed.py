@@ -28,7 +28,15 @@ from megatron_prune.errors import UserError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+# Codes 6 and 7 are float64 and float32, which Megatron's format allows and tokens never are.
+_DTYPES: dict[int, np.dtype[np.integer]] = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    8: np.dtype(np.uint16),
+}
 _LENGTH = np.dtype("<i4")
 _OFFSET = np.dtype("<i8")
 #: Megatron's rule: vocabularies below this fit 16 bits with room for padding rows.
@@ -85,7 +93,7 @@ def _read_index(prefix: str) -> _Index:
     _, version, code, sequences, boundaries = _HEADER.unpack(header)
     if version != VERSION:
         raise UserError(f"{path} has index version {version}, only {VERSION} is supported; write it again")
-    if code not in _DTYPES or not np.issubdtype(_DTYPES[code], np.integer):
+    if code not in _DTYPES:
         raise UserError(f"{path} has dtype code {code}, which is no integer type; write the data again as tokens")
     arrays = sequences * (_LENGTH.itemsize + _OFFSET.itemsize) + boundaries * _OFFSET.itemsize
     expected = _HEADER.size + arrays
@@ -94,7 +102,7 @@ def _read_index(prefix: str) -> _Index:
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     bounds = np.cumsum([_HEADER.size, sequences * _LENGTH.itemsize, sequences * _OFFSET.itemsize])
     index = _Index(
-        np.dtype(_DTYPES[code]).newbyteorder("<"),
+        _DTYPES[code].newbyteorder("<"),
         np.frombuffer(raw, _LENGTH, sequences, int(bounds[0])),
         np.frombuffer(raw, _OFFSET, sequences, int(bounds[1])),
         np.frombuffer(raw, _OFFSET, boundaries, int(bounds[2])),
@@ -173,8 +181,8 @@ class IndexedDatasetWriter:
 
     def __init__(self, prefix: str, dtype: npt.DTypeLike) -> None:
         self._prefix = prefix
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = {np.dtype(kind): code for code, kind in _DTYPES.items()}[np.dtype(dtype)]
+        self._code = next(code for code, kind in _DTYPES.items() if kind == np.dtype(dtype))
+        self._dtype = _DTYPES[self._code].newbyteorder("<")
         # The process id keeps a writer that outlived its killed parent from touching its successor's files.
         self._temporary = f"{prefix}.tmp-{os.getpid()}"
         self._bin: BinaryIO = bin_path(self._temporary).open("wb")

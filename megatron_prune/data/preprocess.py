@@ -95,11 +95,12 @@ def preprocess(
         )
     jobs = _plan(files, tokenizer, output_prefix, json_key, shard_bytes)
     digest = _hash([Path(job.prefix).name for job in jobs])
+    parts = _parts_dir(output_prefix)
     if not overwrite:
         complete = _check_existing(output_prefix, digest, len(jobs))
         if complete is not None:
+            shutil.rmtree(parts, ignore_errors=True)  # of a run that was killed after its last rename
             return complete
-    parts = _parts_dir(output_prefix)
     parts.mkdir(parents=True, exist_ok=True)
     missing = [job for job in jobs if not idx_path(job.prefix).exists()]
     try:
@@ -136,16 +137,19 @@ def _plan(
 
 def _check_existing(output_prefix: str, digest: str, shards: int) -> PreprocessResult | None:
     """The result if the dataset is there and still right, None if there is none."""
-    if not idx_path(output_prefix).exists() and not bin_path(output_prefix).exists():
+    has_index, has_tokens = idx_path(output_prefix).exists(), bin_path(output_prefix).exists()
+    interrupted = not has_index and _parts_dir(output_prefix).exists()  # killed between the last two renames
+    if interrupted or not (has_index or has_tokens):
         return None
     sidecar = sidecar_path(output_prefix)
     recorded: dict[str, Any] = {}
     if sidecar.exists():
         with contextlib.suppress(ValueError):  # an unreadable sidecar vouches for nothing
             recorded = json.loads(sidecar.read_text())
-    if recorded.get("input_hash") != digest or not idx_path(output_prefix).exists():
+    if recorded.get("input_hash") != digest or not has_index:
+        existing = idx_path(output_prefix) if has_index else bin_path(output_prefix)
         raise UserError(
-            f"{output_prefix}.bin exists and was not made from this input with these settings; "
+            f"{existing} exists and was not made from this input with these settings; "
             "use another --output-prefix, or --overwrite to replace it"
         )
     dataset = IndexedDataset(output_prefix)  # raises if it was truncated since
@@ -253,19 +257,25 @@ def _work(results: Connection, counter: Any, jobs: Sequence[_Job], tokenizer: To
 def _merge(
     jobs: Sequence[_Job], tokenizer: Tokenizer, output_prefix: str, digest: str, *, reused: int
 ) -> PreprocessResult:
-    dtype = best_dtype(tokenizer.vocab_size)
-    with IndexedDatasetWriter(output_prefix, dtype) as writer:
+    with IndexedDatasetWriter(output_prefix, best_dtype(tokenizer.vocab_size)) as writer:
         for job in jobs:
             writer.append(job.prefix)
         documents, tokens = writer.num_documents, writer.num_tokens
         if tokens == 0:
             raise UserError("the input holds no text: every document is empty; check --input and --json-key")
+        # The index says that all is complete, so it goes first and comes last.
+        idx_path(output_prefix).unlink(missing_ok=True)
+        _write_sidecar(tokenizer, output_prefix, digest, documents, tokens)
         writer.finalize()
+    return PreprocessResult(documents, tokens, len(jobs), reused, already_complete=False)
+
+
+def _write_sidecar(tokenizer: Tokenizer, output_prefix: str, digest: str, documents: int, tokens: int) -> None:
     sidecar = {
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
         "eod_id": tokenizer.eod_id,
-        "dtype": dtype.name,
+        "dtype": best_dtype(tokenizer.vocab_size).name,
         "documents": documents,
         "tokens": tokens,
         "input_hash": digest,
@@ -273,4 +283,3 @@ def _merge(
     temporary = sidecar_path(f"{output_prefix}.tmp-{os.getpid()}")
     temporary.write_text(json.dumps(sidecar, indent=2) + "\n")
     os.replace(temporary, sidecar_path(output_prefix))
-    return PreprocessResult(documents, tokens, len(jobs), reused, already_complete=False)

@@ -27,7 +27,7 @@ class Tokenizer(ABC):
 
     Attributes:
         name: what the user called it.
-        vocab_size: number of ids, added tokens included; every id is below it.
+        vocab_size: one more than the highest id, added tokens included.
         eod_id: id appended to every document.
         fingerprint: hash of the content, to tell whether old results still hold.
     """
@@ -53,7 +53,7 @@ class FastTokenizer(Tokenizer):
     def __init__(self, name: str, backend: tokenizers.Tokenizer, eod_id: int) -> None:
         backend.no_truncation()
         backend.no_padding()
-        super().__init__(name, backend.get_vocab_size(), eod_id, backend.to_str().encode())
+        super().__init__(name, max(backend.get_vocab().values()) + 1, eod_id, backend.to_str().encode())
         self._backend = backend
 
     def encode(self, text: str) -> list[int]:
@@ -70,7 +70,7 @@ class SlowTokenizer(Tokenizer):
 
     def __init__(self, name: str, backend: Any, eod_id: int) -> None:
         content = json.dumps([type(backend).__name__, sorted(backend.get_vocab().items())])
-        super().__init__(name, len(backend), eod_id, content.encode())
+        super().__init__(name, max(backend.get_vocab().values()) + 1, eod_id, content.encode())
         self._backend = backend
 
     def encode(self, text: str) -> list[int]:

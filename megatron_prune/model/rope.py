@@ -135,20 +135,21 @@ class RotaryTables:
     def __init__(self, arch: Architecture) -> None:
         with torch.device("cpu"):  # real numbers even where a model without content is built on the meta device
             self._frequencies, self._factor = inverse_frequencies(arch.rope, arch.head_dim)
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, seq_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, fp32 [S, hd] each, on ``device``."""
-        tables = self._tables.get(device)
+    def __call__(self, seq_length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, ``[S, hd]`` each, on ``device``; made in fp32 (fp64 for fp64), handed out in ``dtype``."""
+        wide = torch.promote_types(dtype, torch.float32)
+        tables = self._tables.get((device, wide))
         if tables is None or tables[0].shape[0] < seq_length:
-            tables = self._tables[device] = self._build(seq_length, device)
-        return tables[0][:seq_length], tables[1][:seq_length]
+            tables = self._tables[device, wide] = self._build(seq_length, device, wide)
+        return tables[0][:seq_length].to(dtype), tables[1][:seq_length].to(dtype)
 
-    def _build(self, seq_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _build(self, seq_length: int, device: torch.device, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         # Tables first made under inference_mode (an evaluation) must serve the training step that follows.
         with torch.inference_mode(False), torch.no_grad():
-            positions = torch.arange(seq_length, dtype=torch.float32, device=device)
-            angles = torch.outer(positions, self._frequencies.to(device))
+            positions = torch.arange(seq_length, dtype=wide, device=device)
+            angles = torch.outer(positions, self._frequencies.to(device, wide))
             angles = torch.cat((angles, angles), dim=-1)
             return angles.cos() * self._factor, angles.sin() * self._factor
 

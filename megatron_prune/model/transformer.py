@@ -81,7 +81,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]; positions are 0..S-1."""
-        cos, sin = (table.to(x.dtype) for table in self.rotary(x.shape[1], x.device))
+        cos, sin = self.rotary(x.shape[1], x.device, x.dtype)
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 

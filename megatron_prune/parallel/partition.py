@@ -158,19 +158,14 @@ class Partition:
         return before_sizes != [after.stem.size, *(a.size for a in (*after.ffn, *after.heads))]
 
     def kv_slot_of_head(self, layer: int, tp_rank: int = 0) -> tuple[int, ...]:
-        """For every query-head slot, the KV slot it reads.
+        """For every query-head slot the KV slot it reads, DEAD for a dead query slot.
 
-        A dead query slot multiplies zeros, so any KV slot serves; its own position is given where there is one, which
-        keeps plain multi-head attention recognisable.
+        A dead query still has to be known as such: over a living KV head it would put out the mean of the values.
         """
-        heads = self.heads[layer][tp_rank]
-        kv_heads = self.kv_heads[layer][tp_rank]
         kv_of_head = self.source.kv_of_head(layer)
-        position = {int(kv): slot for slot, kv in enumerate(kv_heads) if kv != DEAD}
-        return tuple(
-            min(slot, len(kv_heads) - 1) if head == DEAD else position[kv_of_head[head]]
-            for slot, head in enumerate(heads.tolist())
-        )
+        position = {int(kv): slot for slot, kv in enumerate(self.kv_heads[layer][tp_rank]) if kv != DEAD}
+        heads = self.heads[layer][tp_rank].tolist()
+        return tuple(DEAD if head == DEAD else position[kv_of_head[head]] for head in heads)
 
 
 def live(array: IntArray) -> IntArray:

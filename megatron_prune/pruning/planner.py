@@ -117,7 +117,7 @@ def choose(vectors: SaliencyVectors, partition: Partition, budget: Budget, norm:
         divisors = group_sizes(arch)
     elif norm == "params":
         divisors = cost
-    scores = {kind: cheapest[kind][1] / divisors[kind] for kind in present}
+    scores = {kind: cheapest[kind][1] / divisors[kind] for kind in GROUP_TYPES if kind in divisors}
     candidates = [kind for kind in present if budget.removable(kind, arch)]
     candidates = _without_overshoot(candidates, cost, arch.num_parameters(), budget)
     if not candidates:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_prune.training.speed import format_eta
 
-_STEPS_OF_THOUSAND = (("B", 1e9), ("M", 1e6), ("k", 1e3))
+COUNT_SUFFIXES = (("B", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Status:
 
 def format_count(count: float) -> str:
     """Three or four digits and a suffix: ``12.3k``, ``457M``, ``457.1M``, ``1.71B``; no trailing zeros."""
-    for suffix, size in _STEPS_OF_THOUSAND:
+    for suffix, size in COUNT_SUFFIXES:
         if count >= size:
             digits = 2 if suffix == "B" else 1
             return f"{count / size:.{digits}f}".rstrip("0").rstrip(".") + suffix
@@ -101,7 +101,7 @@ def _parameters(record: Mapping[str, Any], status: Status) -> list[str]:
 
 
 def _next_candidate(record: Mapping[str, Any], status: Status) -> list[str]:
-    scores = record.get("scores")
+    scores = {name: score for name, score in (record.get("scores") or {}).items() if score is not None}
     if not scores:
         return []
     kind = status.next_type or min(scores, key=lambda name: scores[name])

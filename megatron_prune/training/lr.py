@@ -56,4 +56,6 @@ def _progress(step: int, start: int, end: int) -> float:
     """How far a step is between two others, within [0, 1]."""
     if step >= end:
         return 1.0
-    return max(0, step - start) / (end - start)
+    if step <= start:  # also when the decay is empty, start == end
+        return 0.0
+    return (step - start) / (end - start)

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from megatron_prune.config.schema import Config
+from megatron_prune.errors import UserError
 from megatron_prune.training.console import Status, format_event, format_line
 from megatron_prune.training.sinks import Sink, TensorBoardSink, WandbSink
 
@@ -134,7 +135,8 @@ class Reporter:
         tqdm.write(line, file=sys.stdout)
         if self._bar is None:
             self._bar = tqdm(total=self._total_steps, initial=self._first_step, unit="step", dynamic_ncols=True)
-        self._bar.update(step - self._bar.n)
+        self._bar.n = step
+        self._bar.refresh()
 
     def _feed_sinks(self, step: int, values: Mapping[str, float]) -> None:
         if self._sinks is None:
@@ -173,9 +175,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file; a torn last line (a process died, or is just writing) is left out.
 
     Raises:
-        ValueError: a line before the last is not a JSON object.
+        UserError: the file cannot be read, or a line before the last is not a JSON object.
     """
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; restore the file") from error
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -185,7 +190,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}:{number} is not a JSON object: {error}") from error
+            raise UserError(f"{path}:{number} is not a JSON object ({error}); restore or delete the line") from error
         records.append(record)
     return records
 

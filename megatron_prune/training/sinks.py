@@ -7,9 +7,12 @@ drops it and the run goes on.
 from __future__ import annotations
 
 import importlib
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+RUN_ID_BYTES = 4
 
 
 class Sink(Protocol):
@@ -38,7 +41,7 @@ class WandbSink:
         wandb = importlib.import_module("wandb")
         id_file = save_dir / "wandb_run_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(RUN_ID_BYTES))
         self._run = wandb.init(
             project=project, id=id_file.read_text(), resume="allow", name=save_dir.name, dir=save_dir, config=config
         )

@@ -37,7 +37,7 @@ def test_frequencies_equal_transformers(kind: str, theta: float, options: dict[s
     config = transformers.LlamaConfig(
         hidden_size=64, num_attention_heads=1, head_dim=64, max_position_embeddings=131072, rope_parameters=parameters
     )
-    expected, expected_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), torch.float32)
     actual, factor = inverse_frequencies(Rope(theta, kind, tuple(sorted(options.items()))), 64)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0.0)
     assert factor == pytest.approx(expected_factor, rel=1e-12)
@@ -63,9 +63,9 @@ def test_missing_or_silly_option_is_named(value: object) -> None:
 
 def test_tables_grow_and_keep_their_prefix() -> None:
     tables = RotaryTables(tiny(Rope()))
-    short_cos, _ = tables(3, torch.device("cpu"))
-    long_cos, long_sin = tables(9, torch.device("cpu"))
-    again, _ = tables(3, torch.device("cpu"))
+    short_cos, _ = tables(3, torch.device("cpu"), torch.float32)
+    long_cos, long_sin = tables(9, torch.device("cpu"), torch.float32)
+    again, _ = tables(3, torch.device("cpu"), torch.float32)
     assert short_cos.shape == (3, 64)
     assert torch.equal(long_cos[:3], short_cos)
     assert again.data_ptr() == long_cos.data_ptr()
@@ -75,14 +75,14 @@ def test_tables_grow_and_keep_their_prefix() -> None:
 def test_tables_made_during_inference_serve_training() -> None:
     tables = RotaryTables(tiny(Rope()))
     with torch.inference_mode():
-        tables(4, torch.device("cpu"))
+        tables(4, torch.device("cpu"), torch.float32)
     x = torch.ones(1, 1, 4, 64, requires_grad=True)
-    apply_rope(x, *tables(4, torch.device("cpu"))).sum().backward()
+    apply_rope(x, *tables(4, torch.device("cpu"), torch.float32)).sum().backward()
     assert x.grad is not None
 
 
 def test_rotation_depends_on_the_distance_only() -> None:
-    cos, sin = RotaryTables(tiny(Rope()))(12, torch.device("cpu"))
+    cos, sin = RotaryTables(tiny(Rope()))(12, torch.device("cpu"), torch.float32)
     q, k = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     rotated_q = apply_rope(q.expand(1, 1, 12, 64), cos, sin)[0, 0]
     rotated_k = apply_rope(k.expand(1, 1, 12, 64), cos, sin)[0, 0]

@@ -117,11 +117,15 @@ class Reference:
         return self._project(gate * torch.sigmoid(gate) * up, w, prefix + "mlp.down_proj")
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary embedding: elements i and i + hd/2 are a complex number, turned by position * theta^(-2i/hd)."""
+        """Rotary embedding: elements i and i + hd/2 are a complex number, turned by position * theta^(-2i/hd).
+
+        The rates are rounded to fp32, as the published models define them.
+        """
         half = self.head_dim // 2
         positions = torch.arange(x.shape[1], dtype=torch.float64)
-        rates = torch.tensor([self.rope_theta ** (-2.0 * i / self.head_dim) for i in range(half)], dtype=torch.float64)
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * positions[:, None] * rates[None, :])
+        rates = torch.tensor([self.rope_theta ** (-2.0 * i / self.head_dim) for i in range(half)], dtype=torch.float32)
+        turns = torch.exp(1j * positions[:, None] * rates[None, :].double())
+        turned = torch.complex(x[..., :half], x[..., half:]) * turns
         return torch.cat([turned.real, turned.imag], dim=-1)
 
     # -- shape -------------------------------------------------------------------------------------------------

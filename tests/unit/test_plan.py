@@ -1,0 +1,252 @@
+"""The estimate against the paper's numbers, brute force and hand arithmetic."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.architecture import Architecture
+from megatron_prune.config import Config, TargetShape, parse_shape, parse_source_shape, shape_between
+from megatron_prune.config.yaml_file import with_values
+from megatron_prune.plan import (
+    Plan,
+    activation_bytes,
+    format_plan,
+    make_plan,
+    memory_per_gpu,
+    plan_dict,
+    pruning_steps,
+    shape_at_budget,
+    units_between,
+    units_range,
+)
+
+SMOLLM_1700M = "hidden=2048,ffn=8192,heads=32,kv_heads=32,head_dim=64,layers=24,vocab=49152,tied=1"
+SMOLLM_360M = "hidden=960,ffn=2560,heads=15,kv_heads=5,head_dim=64,layers=32,vocab=49152,tied=1"
+TINY = "hidden=6,ffn=7,heads=4,kv_heads=2,head_dim=2,layers=2,vocab=11,tied=1"
+LLM_PRUNER = "hidden=1169,ffn=3082,heads=19"
+
+#: The rows of the paper (Tables 8-10, section 5) whose tokens and shapes are both known.
+RUNS = [
+    (SMOLLM_1700M, "hidden=2048,ffn=4870,heads=24", "1:9", 2**20, 500, 3834, 36.71),
+    (SMOLLM_1700M, "hidden=1195,ffn=3006,heads=19", "1:9", 2**20, 500, 7724, 73.42),
+    (SMOLLM_360M, "hidden=757,ffn=966,heads=5", "1:9", 2**21, 250, 2640, 50.35),
+    (SMOLLM_360M, "hidden=757,ffn=966,heads=5", "1:9", 2**21, 500, 2640, 50.88),
+    (SMOLLM_1700M, LLM_PRUNER, "1:1", 2**20, 500, 7700, 8.60),
+    (SMOLLM_1700M, LLM_PRUNER, "2:1", 2**20, 500, 7700, 4.56),
+    (SMOLLM_1700M, LLM_PRUNER, "4:1", 2**20, 500, 7700, 2.54),
+]
+
+
+def _plan(source: str, tokens_per_second: float | None = None, num_gpus: int = 1, **values: object) -> Plan:
+    arch = parse_source_shape(source)
+    config = with_values(Config(), values)
+    return make_plan(config, arch, num_gpus=num_gpus, tokens_per_second=tokens_per_second)
+
+
+@pytest.mark.parametrize(("source", "target", "ratio", "batch", "warmup", "units", "billions"), RUNS)
+def test_tokens_of_the_papers_runs(
+    source: str, target: str, ratio: str, batch: int, warmup: int, units: int, billions: float
+) -> None:
+    config = with_values(Config(), {"target_shape": target, "prune_ratio": ratio, "lr_warmup_iters": warmup})
+    found = plan_dict(make_plan(config, parse_source_shape(source), batch_tokens=batch))
+    assert found["units"] == units
+    assert round(found["tokens"] / 1e9, 2) == billions
+    assert found["tokens"] == (found["warmup_steps"] + found["steps"]) * batch
+    assert found["certain"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "millions"),
+    [
+        (SMOLLM_1700M, "hidden=2048,ffn=8192,heads=32", 1711.4),
+        (SMOLLM_1700M, "hidden=1195,ffn=3006,heads=19", 456.9),  # EfficientLLM-457M
+        (SMOLLM_360M, "hidden=960,ffn=2560,heads=15", 361.8),
+        (SMOLLM_360M, "hidden=757,ffn=966,heads=5", 134.4),  # EfficientLLM-134M, KV heads as expected
+    ],
+)
+def test_parameters_of_the_papers_models(source: str, target: str, millions: float) -> None:
+    arch = parse_source_shape(source)
+    shape = shape_between(arch, *parse_shape(target).resolve(arch))
+    assert round(shape.num_parameters() / 1e6, 1) == millions
+
+
+def test_units() -> None:
+    arch = parse_source_shape(TINY)
+    assert units_between(arch, TargetShape()) == 0
+    assert units_between(arch, TargetShape(hidden_size=5)) == 2
+    assert units_between(arch, TargetShape(ffn_hidden_size=6)) == 1
+    assert units_between(arch, TargetShape(num_attention_heads=3)) == arch.head_dim
+
+
+def test_steps_round_up() -> None:
+    assert pruning_steps(10, (4, 1)) == 3
+    assert pruning_steps(10, (1, 9)) == 90
+    assert pruning_steps(0, (1, 9)) == 0
+
+
+def _reachable(arch: Architecture, floor: tuple[int, int, int], budget: int) -> set[int]:
+    """Units of every shape at which some order of removals first meets a budget, by walking all of them."""
+    start = (arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads)
+    seen, found, stack = {start}, set(), [start]
+    while stack:
+        shape = stack.pop()
+        if shape_between(arch, *shape).num_parameters() <= budget:
+            found.add(units_between(arch, TargetShape(*shape)))
+            continue
+        for axis in range(3):
+            child = (shape[0] - (axis == 0), shape[1] - (axis == 1), shape[2] - (axis == 2))
+            if child[axis] >= floor[axis] and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return found
+
+
+@pytest.mark.parametrize("source", [TINY, TINY.replace("kv_heads=2", "kv_heads=4"), TINY + ",qkv_bias=1"])
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.5, 0.3])
+@pytest.mark.parametrize("floor", [(1, 1, 1), (3, 2, 2)])
+def test_range_against_every_way_down(source: str, share: float, floor: tuple[int, int, int]) -> None:
+    arch = parse_source_shape(source)
+    budget = int(arch.num_parameters() * share)
+    if budget < shape_between(arch, *floor).num_parameters():
+        budget = shape_between(arch, *floor).num_parameters()
+    reachable = _reachable(arch, floor, budget)
+    fewest, most = units_range(arch, floor, budget)
+    assert fewest == min(reachable)
+    assert most == max(reachable)
+
+
+def test_searched_shape_is_a_range_around_the_papers() -> None:
+    target = _plan(SMOLLM_1700M, target_params="457M").phases[-1]
+    assert target.units_range[0] < 7724 < target.units_range[1]
+    assert target.units_range[0] <= target.units <= target.units_range[1]
+
+
+def test_stand_in_is_the_first_at_or_under_the_budget() -> None:
+    arch = parse_source_shape(SMOLLM_1700M)
+    shape = shape_at_budget(arch, (64, 64, 1), 457_000_000)
+    assert 0.99 * 457e6 < shape.num_parameters() <= 457e6
+    assert shape_at_budget(arch, (64, 64, 1), arch.num_parameters()) == arch
+
+
+def test_phases_go_down() -> None:
+    plan = _plan(SMOLLM_1700M, target_params="457M", export_at=("800M", "1.1B"))
+    assert [phase.name for phase in plan.phases] == ["source", "1.1B", "800M", "target"]
+    for before, after in zip(plan.phases, plan.phases[1:], strict=False):
+        assert before.arch.num_parameters() > after.arch.num_parameters()
+        assert before.tokens < after.tokens
+        assert before.memory.total(recompute=False) > after.memory.total(recompute=False)
+
+
+def test_memory_by_hand() -> None:
+    arch = parse_source_shape(SMOLLM_1700M)
+    parameters = arch.num_parameters()
+    bf16 = memory_per_gpu(arch, with_values(Config(), {"precision": "bf16"}), num_gpus=4)
+    assert (bf16.weights, bf16.gradients) == (2 * parameters, 6 * parameters)
+    assert (bf16.masters, bf16.moments) == (parameters, 2 * parameters)
+    fp32 = memory_per_gpu(arch, with_values(Config(), {"precision": "fp32"}), num_gpus=4)
+    assert (fp32.weights, fp32.gradients) == (4 * parameters, 5 * parameters)
+    assert bf16.total(recompute=True) < bf16.total(recompute=False)
+
+
+def test_activations_by_hand() -> None:
+    arch = parse_source_shape(TINY)  # hidden 6, queries 8, keys 4, ffn 7, two layers, vocabulary 11
+    layer = 4 * 6 + 2 * 8 + 2 * 4 + 4 * 7
+    head = 11 * (2 + 8)
+    assert activation_bytes(arch, 3, 5, 2, recompute=False) == 15 * (2 * 2 * layer + head)
+    assert activation_bytes(arch, 3, 5, 2, recompute=True) == 15 * (2 * (2 * 6 + layer) + head)
+
+
+def test_gpu_hours_and_continuing() -> None:
+    plan = _plan(
+        SMOLLM_1700M,
+        tokens_per_second=1000.0,
+        num_gpus=8,
+        target_shape="hidden=1195,ffn=3006,heads=19",
+        train_iters=70_016 + 100,
+    )
+    found = plan_dict(plan)
+    assert found["gpu_hours"] == pytest.approx(found["tokens"] / 1000 / 3600)
+    assert found["continue_steps"] == 100
+    assert found["continue_tokens"] == 100 * 2**20
+    assert "continued pretraining: 100 steps" in format_plan(plan)
+
+
+def test_too_short_a_run_is_noted() -> None:
+    short = _plan(SMOLLM_1700M, target_shape="hidden=1195,ffn=3006,heads=19", train_iters=600)
+    assert "--train-iters 600 may end before the target is met" in format_plan(short)
+
+
+def test_nothing_to_prune() -> None:
+    plan = _plan(SMOLLM_1700M, train_iters=10)
+    found = plan_dict(plan)
+    assert (found["units"], found["steps"], found["tokens"], found["continue_steps"]) == (0, 0, 0, 10)
+    assert "pruning" not in format_plan(plan)
+
+
+def test_table_is_aligned() -> None:
+    lines = format_plan(_plan(SMOLLM_1700M, target_params="457M", export_at=("1.1B",))).split("\n\n")[0].splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1
+
+
+def _tool(root: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "tools" / "plan.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root, check=False)
+
+
+def test_tool_json_from_shapes(repo_root: Path) -> None:
+    argv = f"--source-shape {SMOLLM_1700M} --target-shape hidden=1195,ffn=3006,heads=19 --prune-ratio 1:9".split()
+    ran = _tool(repo_root, *argv, "--batch-tokens", "1048576", "--lr-warmup-iters", "500", "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert (found["units"], found["steps"], found["tokens"]) == (7724, 69516, 73_417_097_216)
+    assert (found["parameters_source"], found["parameters_target"]) == (1_711_376_384, 456_930_955)
+
+
+def test_tool_from_an_example_without_the_model(repo_root: Path) -> None:
+    argv = ["--config", "examples/smollm_1.7b_to_457m.yaml", "--gpus", "32", "--tokens-per-second", "9200"]
+    ran = _tool(repo_root, *argv, "--target-shape", "hidden=1195,ffn=3006,heads=19")
+    assert ran.returncode == 0, ran.stderr
+    assert "73.42 B" in ran.stdout
+    assert "2,217" in ran.stdout  # GPU-hours at that rate; the paper's Table 11 has 2,166
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--target-params 1M", "no --source is given: give --source-shape"),
+        (f"--source-shape {TINY} --target-params 5B", "is not below the source's"),
+        (f"--source-shape {TINY} --target-parms 5B", "did you mean --target-params?"),
+        (f"--source-shape {TINY} --prune-ratio 19", "is not a ratio"),
+        (f"--source-shape {TINY} --gpus 0", "--gpus 0 must be above 0"),
+    ],
+)
+def test_tool_refuses_in_one_line(repo_root: Path, argv: str, words: str) -> None:
+    ran = _tool(repo_root, *argv.split())
+    assert ran.returncode == 2
+    assert words in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert ran.stdout == ""
+
+
+def test_tool_reads_a_source_directory(repo_root: Path, tmp_path: Path) -> None:
+    settings = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 100,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    ran = _tool(repo_root, "--source", str(tmp_path), "--target-shape", "ffn=90", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["units"] == 6

@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+"""Export a run's newest checkpoint as a Hugging Face model that stock transformers loads.
+
+    python tools/convert_to_hf.py --load runs/457m --save exported/457m
+
+The export is reloaded and compared with the checkpoint, weights bit for bit and logits in fp32, before it is called
+done. Tokenizer and token ids come with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_prune.checkpoint.hf import export_hf, read_config, verify_export
+from megatron_prune.checkpoint.store import Checkpoint, newest_checkpoint
+from megatron_prune.errors import EXIT_BAD_INPUT, UserError
+from megatron_prune.training.setup import SOURCE_DIR
+
+BYTES_PER_GB = 10**9
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export; returns the exit code: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", type=Path, required=True, metavar="RUN", help="run directory (what --save was)")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="where the model goes")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the stored weights; default: the run's precision")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weights file in GB (default: 5)")
+    options = parser.parse_args(argv)
+    try:
+        _export(options.load, options.save, options.dtype, int(options.max_shard_gb * BYTES_PER_GB))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+def _export(run_dir: Path, directory: Path, dtype: str | None, max_shard_bytes: int) -> None:
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
+        raise UserError(f"--load {run_dir} holds no complete checkpoint; give the directory that was --save of a run")
+    checkpoint = Checkpoint(newest)
+    manifest, specs = checkpoint.manifest, checkpoint.specs()
+    arch = manifest.partition.architecture()
+
+    def tensors(name: str) -> torch.Tensor:
+        return checkpoint.live(specs[name])
+
+    report = export_hf(
+        directory,
+        arch,
+        tensors,
+        dtype=DTYPES[dtype or manifest.settings["train"]["precision"]],
+        tokenizer_dir=run_dir / SOURCE_DIR,
+        source_config=read_config(run_dir / SOURCE_DIR),
+        max_shard_bytes=max_shard_bytes,
+    )
+    verified = verify_export(directory, arch, tensors)
+    print(
+        f"{directory}: {report.hf_class}, {report.num_parameters:,} parameters in {report.dtype}, "
+        f"hidden {arch.hidden_size}, ffn {arch.ffn_hidden_size}, heads {arch.num_attention_heads} (step "
+        f"{manifest.progress.step})"
+    )
+    if report.expanded_kv:
+        print("K/V heads were repeated, one per query head: stock GQA cannot express groups of different size")
+    print(
+        f"verified: {verified.num_tensors} tensors equal bit for bit, logits within "
+        f"{verified.max_abs_logit_difference:.1e} of transformers'"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
