@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prune a language model while pretraining it.
 
-    deepspeed pretrain_prune.py --config examples/smollm_1.7b_to_457m.yaml --source SmolLM-1.7B --data-path ... --save DIR
+    deepspeed pretrain_prune.py --config examples/smollm_1.7b_to_457m.yaml --data-path ... --save runs/457m
 
 Also starts under ``torchrun``, ``srun python`` and plain ``python`` (one process). ``--help`` explains every flag.
 """

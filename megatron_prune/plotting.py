@@ -121,9 +121,7 @@ def _saliency_figure(records: RunRecords) -> Figure:
         values = [_positive(event["scores"].get(kind)) for event in records.events]
         scores.plot(tokens, values, style.dash, color=style.colour, label=style.label, linewidth=1.2)
         remaining = [event["shape"][style.width] / source[kind] for event in records.events]
-        shares.step(
-            [0, *tokens], [1.0, *remaining], style.dash, where="post", color=style.colour, label=style.label
-        )
+        shares.step([0, *tokens], [1.0, *remaining], style.dash, where="post", color=style.colour, label=style.label)
     scores.set_yscale("log")
     scores.set_ylabel("saliency of the next group")
     scores.set_title("Saliency of the three candidates, and what remains")

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> None:
     config = load_config(argv)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
     map_launcher_environment(os.environ)
     world_size = int(os.environ["WORLD_SIZE"])
     validate_config(config, world_size)
@@ -84,7 +86,8 @@ def _beginning(config: Config, inputs: Inputs) -> str:
         return line
     start = "random weights" if inputs.weights is None else "its weights"
     parameters = inputs.source.num_parameters()
-    return f"starting from {config.model.source} ({parameters:,} parameters, {start}), data {inputs.train.fingerprint()}"
+    data = inputs.train.fingerprint()
+    return f"starting from {config.model.source} ({parameters:,} parameters, {start}), data {data}"
 
 
 def _say(text: str, file: TextIO | None = None) -> None:

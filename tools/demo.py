@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune.checkpoint.hf import read_architecture
 from megatron_prune.config.cli import load_config
@@ -132,12 +132,20 @@ def _tokens_trained(run_dir: Path) -> int:
     return max(int(record["tokens"]) for record in map(json.loads, lines) if "tokens" in record)
 
 
+def _load(model_dir: Path) -> Any:  # what transformers' own Auto classes promise
+    from transformers import AutoModelForCausalLM  # here and below: slow imports that the stages before do not need
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # one per model, over before it is drawn
+    return AutoModelForCausalLM.from_pretrained(model_dir).float().eval()
+
+
 def _generate(model_dir: Path, seed: int) -> str:
-    import torch  # here and below: slow imports that the stages before do not need
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import torch
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir).float().eval()
+    model = _load(model_dir)
     torch.manual_seed(seed)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     output = model.generate(
@@ -156,10 +164,8 @@ def _generate(model_dir: Path, seed: int) -> str:
 def _measure(name: str, model_dir: Path, tokens: int, settings: Config) -> Row:
     """Validation loss in nats per token, of the same held-out samples for every model."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    architecture = read_architecture(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir).float().eval()
+    architecture, model = read_architecture(model_dir), _load(model_dir)
     losses = []
     with torch.inference_mode():
         for batch in _held_out(settings, architecture.vocab_size):

@@ -89,7 +89,7 @@ class Manifest:
         try:
             content = json.loads(path.read_text())
             if content["format"] != FORMAT:
-                raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}; load it with its own")
+                raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}")
             source = Architecture.from_dict(content["source"])
             progress = dict(content["progress"], exported=tuple(content["progress"]["exported"]))
             return cls(
@@ -100,4 +100,4 @@ class Manifest:
                 shards=content["shards"],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no readable manifest ({error!r}); delete that step to resume earlier") from error
+            raise UserError(f"{path} is no readable manifest ({error!r}); delete it to resume earlier") from error

@@ -70,9 +70,7 @@ def save_checkpoint(
     shards = dict(gather((shard.name, _sha256(shard)), mesh))
     if mesh.is_main:
         Ledger(scratch / LEDGER_FILE).restore(list(events))
-        complete = Manifest(
-            manifest.partition, manifest.progress, manifest.settings, manifest.data_fingerprint, shards
-        )
+        complete = Manifest(manifest.partition, manifest.progress, manifest.settings, manifest.data_fingerprint, shards)
         _write_synced(scratch / MANIFEST_FILE, complete.to_json())
         _write_synced(scratch / COMPLETE_FILE, "")
         _sync_directory(scratch)

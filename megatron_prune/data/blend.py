@@ -18,11 +18,15 @@ import numpy.typing as npt
 import torch
 
 from megatron_prune.data.indexed import IndexedDataset
-from megatron_prune.data.order import GOLDEN_STEP, mix, permute
+from megatron_prune.data.order import mix, permute
 from megatron_prune.data.samples import PackedSamples, Which, parse_split, split_range
 from megatron_prune.errors import UserError
 
-_CIRCLE = 1 << 64
+# Circumference and step of the rotation that spreads the sources: Fibonacci numbers 92 and 91. Their ratio is the
+# golden ratio's best approximation of that size, so the spread stays even up to 7.5e18 samples; with 2**64 as the
+# circumference it is worse beyond 2**32.
+_CIRCLE = 7540113804746346429
+_STEP = 4660046610375530309
 _PROBE_TOKENS = 4096  # read from every source at the start, so that a wrong vocabulary is found before any training
 _FINGERPRINT_DIGITS = 16
 
@@ -111,18 +115,18 @@ class GlobalOrder:
         self._bounds = [round(sum(exact[:source]) / total * _CIRCLE) for source in range(len(exact) + 1)]
         self._sizes = list(sizes)
         self._seed = seed
-        self._start = mix(seed)
+        self._start = mix(seed) % _CIRCLE
 
     def source(self, n: int) -> int:
         """Index of the source of sample ``n``."""
         assert n >= 0
-        return bisect_right(self._bounds, (self._start + n * GOLDEN_STEP) % _CIRCLE) - 1
+        return bisect_right(self._bounds, (self._start + n * _STEP) % _CIRCLE) - 1
 
     def count(self, source: int, n: int) -> int:
         """How many of the first ``n`` samples come from a source."""
         low, high = self._bounds[source], self._bounds[source + 1]
         start = self._start + _CIRCLE  # keeps the numerators positive; cancels in the difference
-        return _floor_sum(n, GOLDEN_STEP, start - low, _CIRCLE) - _floor_sum(n, GOLDEN_STEP, start - high, _CIRCLE)
+        return _floor_sum(n, _STEP, start - low, _CIRCLE) - _floor_sum(n, _STEP, start - high, _CIRCLE)
 
     def locate(self, n: int) -> tuple[int, int]:
         """Source of sample ``n`` and the sample's index in it."""

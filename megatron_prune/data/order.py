@@ -6,8 +6,8 @@ _MASK64 = (1 << 64) - 1
 # The two multipliers and three shifts of SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014).
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-#: 2**64 divided by the golden ratio, odd: SplitMix64's increment and the best spread step of a rotation.
-GOLDEN_STEP = 0x9E3779B97F4A7C15
+# Its increment: 2**64 divided by the golden ratio, made odd.
+_INCREMENT = 0x9E3779B97F4A7C15
 # Four rounds make a Feistel network a strong pseudorandom permutation given good round functions (Luby and Rackoff,
 # 1988); narrow halves, as small sizes have them, are better off with some more.
 _ROUNDS = 6
@@ -17,7 +17,7 @@ def mix(*values: int) -> int:
     """Hash integers to 64 bits, the same on every machine and in every process (Python's ``hash`` is not)."""
     state = 0
     for value in values:
-        state = (state + GOLDEN_STEP + value) & _MASK64
+        state = (state + _INCREMENT + value) & _MASK64
         state = ((state ^ (state >> 30)) * _MIX_1) & _MASK64
         state = ((state ^ (state >> 27)) * _MIX_2) & _MASK64
         state ^= state >> 31

@@ -29,9 +29,7 @@ def adam(
     Returns:
         An optimizer whose state is ``step``, ``exp_avg`` and ``exp_avg_sq`` per parameter.
     """
-    return torch.optim.AdamW(
-        params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False, fused=False
-    )
+    return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False, fused=False)
 
 
 def fused_adam(

@@ -132,11 +132,12 @@ def strike_out(vectors: SaliencyVectors, group: MiniGroup) -> SaliencyVectors:
         stem = vectors.stem.copy()
         stem[group.index(0)] = np.inf
         return dataclasses.replace(vectors, stem=stem)
-    field = "heads" if group.type == "attention" else "ffn"
-    struck: FloatArray = getattr(vectors, field).copy()
+    struck: FloatArray = (vectors.heads if group.type == "attention" else vectors.ffn).copy()
     layers = range(struck.shape[0])
     struck[layers, [group.index(layer) for layer in layers]] = np.inf
-    return dataclasses.replace(vectors, **{field: struck})
+    if group.type == "attention":
+        return dataclasses.replace(vectors, heads=struck)
+    return dataclasses.replace(vectors, ffn=struck)
 
 
 def _without_overshoot(

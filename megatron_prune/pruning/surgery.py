@@ -16,9 +16,7 @@ from megatron_prune.parallel.partition import IntArray, Partition
 from megatron_prune.pruning.groups import newly_dead
 
 
-def dead_elements(
-    before: Partition, after: Partition, tp_rank: int = 0
-) -> Iterator[tuple[TensorSpec, int, IntArray]]:
+def dead_elements(before: Partition, after: Partition, tp_rank: int = 0) -> Iterator[tuple[TensorSpec, int, IntArray]]:
     """Every ``(tensor, dimension, physical elements)`` that a change of liveness zeroes."""
     for spec in tensor_specs(before.source):
         for dim, axis in enumerate(spec.axes):

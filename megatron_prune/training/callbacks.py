@@ -183,13 +183,14 @@ class Checkpoints(_Callback):
         reporter: where lines go.
         throughput: meter to pause.
         run_dir: checkpoints go to ``checkpoints``.
+        saved: the step whose checkpoint is there already, or None.
     """
 
-    def __init__(self, reporter: Reporter, throughput: Throughput, run_dir: Path) -> None:
+    def __init__(self, reporter: Reporter, throughput: Throughput, run_dir: Path, saved: int | None) -> None:
         self._reporter = reporter
         self._throughput = throughput
         self._run_dir = run_dir
-        self._saved: int | None = None
+        self._saved = saved
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Save when due."""

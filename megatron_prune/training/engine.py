@@ -29,6 +29,7 @@ from megatron_prune.parallel.states import MOMENTS, STATE_KINDS, StateFragment, 
 from megatron_prune.pruning.saliency import Fragment, is_output_matrix
 from megatron_prune.pruning.surgery import dead_elements, zero_fragment_, zero_tensor_
 
+
 @dataclasses.dataclass(frozen=True)
 class AdamSettings:
     """What the optimizer is built from (the learning rate is set before every step)."""
@@ -161,6 +162,10 @@ class PruningEngine:
             entry.replace(torch.empty(0))
         gc.collect()
 
+    def parameters(self) -> tuple[NamedParameter, ...]:
+        """This rank's parameters, in model order."""
+        return tuple(self._parameters)
+
     # -- optimizer memory -------------------------------------------------------------------------------------------
 
     def state_fragments(self) -> Iterator[StateFragment]:
@@ -220,7 +225,9 @@ class PruningEngine:
         for group in inner.param_groups:
             for flat in group["params"]:
                 step = torch.tensor(float(adam_steps), device=flat.device if group.get("fused") else "cpu")
-                inner.state[flat] = {"step": step, **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
+                inner.state[flat] = {"step": step}
+                for kind in MOMENTS:
+                    inner.state[flat][kind] = torch.zeros_like(flat)
         self._link_moments()
 
     def _link_moments(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.manifest import Progress
@@ -175,7 +175,7 @@ class Trainer:
             tokens=self.tokens,
             type=group.type,
             removed=group.removed if isinstance(group.removed, int) else list(group.removed),
-            scores=dict(decision.scores),
+            scores={kind: score for kind, score in decision.scores.items()},
             shape=shape_of(arch),
             parameters=arch.num_parameters(),
         )
@@ -192,9 +192,9 @@ class Trainer:
 
     def mark_exported(self, name: str) -> None:
         """Remember that a budget's snapshot is written."""
-        self.progress = dataclasses.replace(self.progress, exported=(*self.progress.exported, name))
+        self._advance(exported=(*self.progress.exported, name))
 
-    def _advance(self, **changes: int) -> None:
+    def _advance(self, **changes: Any) -> None:
         self.progress = dataclasses.replace(self.progress, **changes)
 
     def _finish(self) -> None:

@@ -70,9 +70,10 @@ class Pruner:
         while self._rules.schedule.wants(step, spent) and not budget.met(partition.architecture()):
             decision = choose(vectors, partition, budget, self._rules.norm)
             if decision is None:
+                parameters = partition.architecture().num_parameters()
                 raise MegatronPruneError(
-                    f"no group may be removed at {partition.architecture().num_parameters():,} parameters and the target "
-                    "is not met; raise --target-params or lower --prune-align, the floor of ffn and stem"
+                    f"no group may be removed at {parameters:,} parameters and the target is not met; "
+                    "raise --target-params or lower --prune-align, the floor of ffn and stem"
                 )
             agreed(json.dumps([decision.group.type, decision.group.removed]), self._mesh)
             self._pending.append(decision)

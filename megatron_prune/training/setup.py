@@ -20,7 +20,7 @@ from megatron_prune.checkpoint.hf import (
     read_config,
     resolve_source,
 )
-from megatron_prune.checkpoint.manifest import Progress
+from megatron_prune.checkpoint.manifest import Manifest, Progress
 from megatron_prune.checkpoint.store import LEDGER_FILE, Checkpoint, newest_checkpoint
 from megatron_prune.config import (
     Config,
@@ -32,6 +32,7 @@ from megatron_prune.config import (
     parse_shape,
 )
 from megatron_prune.data.blend import TokenBlend, parse_data_path
+from megatron_prune.data.samples import Which
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.model.pipeline import build_pipeline
@@ -41,6 +42,7 @@ from megatron_prune.parallel.mesh import Mesh, make_mesh
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.parallel.placement import place
 from megatron_prune.parallel.states import StateKind, StateSource
+from megatron_prune.pruning.groups import GROUP_TYPES, GroupType
 from megatron_prune.pruning.ledger import Ledger
 from megatron_prune.pruning.planner import Budget
 from megatron_prune.pruning.schedule import Schedule
@@ -90,7 +92,7 @@ def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inpu
         _check_tokenizer(config.model.tokenizer, source)
     blends = parse_data_path(config.data.data_path)
 
-    def blend(which: Any) -> TokenBlend:
+    def blend(which: Which) -> TokenBlend:
         data, seed = config.data, config.train.seed
         return TokenBlend(blends, data.seq_length, seed, data.split, which, source.vocab_size)
 
@@ -164,7 +166,7 @@ def _pruner(config: Config, source: Architecture, engine: PruningEngine, mesh: M
     if not prune.active:
         return None
     hidden, ffn, heads = floor_shape(prune, source)
-    shape = None
+    shape: dict[GroupType, int] | None = None
     if prune.target_shape is not None:
         goal = parse_shape(prune.target_shape).resolve(source)
         shape = {"stem": goal[0], "ffn": goal[1], "attention": goal[2]}
@@ -172,17 +174,17 @@ def _pruner(config: Config, source: Architecture, engine: PruningEngine, mesh: M
         target_params=None if prune.target_params is None else parse_count(prune.target_params),
         target_shape=shape,
         floors={"attention": heads, "ffn": ffn, "stem": hidden},
-        axes=prune.prune_axes,
+        axes=[kind for kind in GROUP_TYPES if kind in prune.prune_axes],
     )
     pruning, gradient = parse_ratio(prune.prune_ratio)
     schedule = Schedule(pruning, gradient, config.prune_start_iter)
-    metric = "taylor" if prune.prune_metric == "param_first" else prune.prune_metric
-    return Pruner(engine, mesh, PruneRules(budget, schedule, metric, prune.saliency_norm, config.train.seed))
+    assert prune.prune_metric != "param_first", "the schema turns the alias into taylor"
+    return Pruner(
+        engine, mesh, PruneRules(budget, schedule, prune.prune_metric, prune.saliency_norm, config.train.seed)
+    )
 
 
-def _callbacks(
-    config: Config, inputs: Inputs, mesh: Mesh, reporter: Reporter, run_dir: Path | None
-) -> list[Callback]:
+def _callbacks(config: Config, inputs: Inputs, mesh: Mesh, reporter: Reporter, run_dir: Path | None) -> list[Callback]:
     on_gpu = mesh.device.type == "cuda"
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
     throughput = Throughput(config.data.seq_length, mesh.world_size, peak)
@@ -192,7 +194,9 @@ def _callbacks(
         callbacks.append(Validation(reporter, throughput))
     if run_dir is not None:
         callbacks.append(Exports(reporter, throughput, run_dir, _source_config(inputs)))
-        callbacks.append(Checkpoints(reporter, throughput, run_dir))
+        newest = newest_checkpoint(run_dir)
+        saved = None if newest is None else Manifest.read(newest).progress.step
+        callbacks.append(Checkpoints(reporter, throughput, run_dir, saved))
     return callbacks
 
 

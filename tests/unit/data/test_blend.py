@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +58,23 @@ class TestGlobalOrder:
             seen[order.source(n)] += 1
 
     @settings(deadline=None)
-    @given(weights=weights_lists, seed=st.integers(0, 2**40), n=st.integers(1, 10**13))
+    @given(weights=weights_lists, seed=st.integers(0, 2**40), n=st.integers(1, 10**18))
     def test_blend_is_in_proportion_at_any_point(self, weights: list[float], seed: int, n: int) -> None:
         order = GlobalOrder(weights, [5] * len(weights), seed)
         counts = [order.count(source, n) for source in range(len(weights))]
         assert sum(counts) == n
         for count, weight in zip(counts, weights, strict=True):
-            # Independent draws would be off by sqrt(n): millions at 10**13, where this allows 32.
-            assert abs(count - n * weight / sum(weights)) <= 2 + math.log(n)
+            # Independent draws would be off by sqrt(n): 10**9 at the end, where this allows 43.
+            share = Fraction(weight) / sum(map(Fraction, weights))
+            assert abs(count - n * share) <= 2 + math.log(n)
+
+    @pytest.mark.parametrize("exponent", [3, 9, 12, 15, 18])
+    def test_the_papers_blend_is_within_five_samples(self, exponent: int) -> None:
+        weights, n = [220, 28, 4, 27.5], 10**exponent
+        for seed in range(20):
+            order = GlobalOrder(weights, [5] * 4, seed)
+            for source, weight in enumerate(weights):
+                assert abs(order.count(source, n) - n * Fraction(weight) / Fraction(sum(weights))) < 5
 
     @settings(deadline=None, max_examples=40)
     @given(weights=weights_lists, size=st.integers(1, 20), seed=st.integers(0, 2**40))

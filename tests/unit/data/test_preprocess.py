@@ -149,12 +149,13 @@ def test_finished_shards_of_changed_input_are_not_reused(
     prefix = str(tmp_path / "data")
     with pytest.raises(UserError):
         preprocess([*corpus, bad], tokenizer, prefix, shard_bytes=10**6)
-    corpus[0].write_text(json.dumps({"text": "other"}) + "\n")
+    changed = corpus[2].read_text()[::-1]  # of the same size
+    corpus[2].write_text(changed)
     bad.write_text(json.dumps({"text": "mended"}) + "\n")
     result = preprocess([*corpus, bad], tokenizer, prefix, shard_bytes=10**6)
     assert result.reused == result.shards - 2
-    assert IndexedDataset(prefix)[0].tolist() == [*tokenizer.encode("other"), tokenizer.eod_id]
-    assert len(IndexedDataset(prefix)) == 60 + 10 + 2
+    assert IndexedDataset(prefix)[120].tolist() == [*tokenizer.encode(changed), tokenizer.eod_id]
+    assert len(IndexedDataset(prefix)) == 131
 
 
 def test_complete_output_is_kept_overwritten_or_protected(

@@ -40,7 +40,12 @@ class FakeRMSNorm(torch.nn.Module):
 
 class FakeDotProductAttention(torch.nn.Module):
     def __init__(
-        self, num_attention_heads: int, kv_channels: int, *, num_gqa_groups: int, attention_dropout: float,
+        self,
+        num_attention_heads: int,
+        kv_channels: int,
+        *,
+        num_gqa_groups: int,
+        attention_dropout: float,
         qkv_format: str,
     ) -> None:
         super().__init__()
@@ -48,9 +53,7 @@ class FakeDotProductAttention(torch.nn.Module):
         assert qkv_format == "bshd"
         self.sizes = (num_attention_heads, num_gqa_groups, kv_channels)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, attn_mask_type: str, window_size: tuple[int, int]
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, attn_mask_type: str, window_size: tuple[int, int]) -> Tensor:
         assert attn_mask_type == "causal"
         assert (q.shape[2], k.shape[2], q.shape[3]) == self.sizes
         left, right = window_size

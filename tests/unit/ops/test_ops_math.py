@@ -46,9 +46,7 @@ def norm_formula(x: Tensor, weight: Tensor, eps: float, live: int) -> Tensor:
 @pytest.mark.parametrize("implementation", NORMS)
 @pytest.mark.parametrize("live", [24, 17])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_rms_norm(
-    implementation: norm.RmsNorm, live: int, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_rms_norm(implementation: norm.RmsNorm, live: int, dtype: torch.dtype, tolerance: float) -> None:
     x, weight, eps = random(2, 3, 24, dtype=dtype), random(24, seed=1, dtype=dtype), 0.1
     x = (x.detach() * (torch.arange(24) < live)).requires_grad_()
     assert_same(

@@ -77,7 +77,7 @@ class MaskedModel:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 assert parameter.grad is not None
-                parameter -= LEARNING_RATE * parameter.grad
+                parameter.sub_(LEARNING_RATE * parameter.grad)
 
     def remove(self, after: Partition) -> None:
         parameters = dict(self.model.named_parameters())
@@ -98,9 +98,8 @@ def test_two_hundred_events_agree_with_the_brute_force(
     arch = make_architecture(kv_groups, tied, bias)
     generator = torch.Generator().manual_seed(seed)
     weights = {
-        spec.name: torch.randn(arch.tensor_shape(spec), generator=generator, dtype=torch.float64) * 0.3 + (
-            1.0 if "norm" in spec.name else 0.0
-        )
+        spec.name: torch.randn(arch.tensor_shape(spec), generator=generator, dtype=torch.float64) * 0.3
+        + (1.0 if "norm" in spec.name else 0.0)
         for spec in tensor_specs(arch)
     }
     reference = reference_class()(
@@ -179,9 +178,7 @@ def test_overshoot_rule_agrees_near_the_target() -> None:
 
 def test_dead_slots_stay_dead_in_the_placement() -> None:
     partition = Partition.of(make_architecture((3, 3), True, False))
-    vectors = SaliencyVectors(
-        heads=np.arange(12.0).reshape(2, 6), ffn=np.ones((2, 160)) * 1e9, stem=np.ones(72) * 1e9
-    )
+    vectors = SaliencyVectors(heads=np.arange(12.0).reshape(2, 6), ffn=np.ones((2, 160)) * 1e9, stem=np.ones(72) * 1e9)
     budget = Budget(1, None, {"attention": 1, "ffn": 1, "stem": 1})
     decision = choose(vectors, partition, budget, "mean")
     assert decision is not None

@@ -47,13 +47,28 @@ def make_run(directory: Path, steps: int = 400, pruned: bool = True) -> None:
                 shape[WIDTHS[kind]] -= 1
                 scores = {name: 2e-7 * (1 + step / steps * i) for i, name in enumerate(WIDTHS)}
                 ledger.append(
-                    {"event": len(ledger) + 1, "step": step, "tokens": step * STEP_TOKENS, "type": kind, "removed": 0,
-                     "scores": scores, "shape": dict(shape), "parameters": 4 * shape["hidden_size"] * 900}
+                    {
+                        "event": len(ledger) + 1,
+                        "step": step,
+                        "tokens": step * STEP_TOKENS,
+                        "type": kind,
+                        "removed": 0,
+                        "scores": scores,
+                        "shape": dict(shape),
+                        "parameters": 4 * shape["hidden_size"] * 900,
+                    }
                 )
         if step % 4 == 0:
             metrics.append(
-                {"step": step, "tokens": step * STEP_TOKENS, "loss": 2 + 3 * math.exp(-step / 60) + math.sin(step) / 10,
-                 "tokens_per_second": 9000 + 10 * step, "mfu": 0.3 + step / 4000, "parameters": 4 * 900 * 256, **shape}
+                {
+                    "step": step,
+                    "tokens": step * STEP_TOKENS,
+                    "loss": 2 + 3 * math.exp(-step / 60) + math.sin(step) / 10,
+                    "tokens_per_second": 9000 + 10 * step,
+                    "mfu": 0.3 + step / 4000,
+                    "parameters": 4 * 900 * 256,
+                    **shape,
+                }
             )
         if step % 50 == 0:
             metrics.append({"step": step, "val_loss": 2.1 + 3 * math.exp(-step / 60)})

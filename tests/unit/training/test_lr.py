@@ -15,8 +15,13 @@ def rates(style: DecayStyle, wsd_decay: int | None = None, **changes: float) -> 
     settings = {**SETTINGS, **changes}
     return [
         learning_rate(
-            step, lr=settings["lr"], min_lr=settings["min_lr"], warmup=int(settings["warmup"]),
-            total=int(settings["total"]), style=style, wsd_decay=wsd_decay,
+            step,
+            lr=settings["lr"],
+            min_lr=settings["min_lr"],
+            warmup=int(settings["warmup"]),
+            total=int(settings["total"]),
+            style=style,
+            wsd_decay=wsd_decay,
         )
         for step in range(int(settings["total"]) + 3)
     ]

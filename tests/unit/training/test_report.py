@@ -78,8 +78,17 @@ class TestLine:
 
     @pytest.mark.parametrize(
         ("count", "text"),
-        [(7, "7"), (999, "999"), (12345, "12.3k"), (457e6, "457M"), (457.1e6, "457.1M"), (1.711e9, "1.71B"),
-         (2e9, "2B"), (100e6, "100M"), (0, "0")],
+        [
+            (7, "7"),
+            (999, "999"),
+            (12345, "12.3k"),
+            (457e6, "457M"),
+            (457.1e6, "457.1M"),
+            (1.711e9, "1.71B"),
+            (2e9, "2B"),
+            (100e6, "100M"),
+            (0, "0"),
+        ],
     )
     def test_counts(self, count: float, text: str) -> None:
         assert format_count(count) == text
@@ -97,8 +106,13 @@ class TestFile:
     def test_nan_infinity_and_tensors_become_json(self, tmp_path: Path) -> None:
         with Reporter(tmp_path, Config(), is_main=True, total_steps=None) as reporter:
             reporter.log(
-                {"step": 1, "loss": math.nan, "grad_norm": torch.tensor(math.inf), "tokens": torch.tensor(5),
-                 "scores": {"ffn": -math.inf}}
+                {
+                    "step": 1,
+                    "loss": math.nan,
+                    "grad_norm": torch.tensor(math.inf),
+                    "tokens": torch.tensor(5),
+                    "scores": {"ffn": -math.inf},
+                }
             )
         text = (tmp_path / "metrics.jsonl").read_text()
         parsed = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

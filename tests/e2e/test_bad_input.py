@@ -1,0 +1,149 @@
+"""Every mistake gives one clear line and exit code 2, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_prune.data.indexed import IndexedDatasetWriter
+from megatron_prune.pretrain import main
+
+
+@pytest.fixture
+def fails(workspace: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Start a run in this process with some flags changed; expects exit code 2 and returns the one line."""
+
+    def start(*extra: str, **changes: Any) -> str:
+        save = tmp_path / "run"
+        code = main([*workspace.flags("unused", **{"save": save, **changes}), *extra])
+        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert code == 2
+        assert len(errors) == 1, errors
+        assert not save.exists(), "nothing may be written"
+        return errors[0]
+
+    return start
+
+
+@pytest.fixture
+def copied_source(workspace: Any, tmp_path: Path) -> Path:
+    """A source that a test may spoil."""
+    return Path(shutil.copytree(workspace.source, tmp_path / "source"))
+
+
+def edit_config(source: Path, **changes: Any) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_missing_source(fails: Any) -> None:
+    assert "/nowhere/model" in fails(source="/nowhere/model")
+
+
+def test_unsupported_source(fails: Any, copied_source: Path) -> None:
+    edit_config(copied_source, model_type="bert")
+    assert "bert" in fails(source=copied_source)
+
+
+def test_source_with_an_unknown_tensor(fails: Any, copied_source: Path) -> None:
+    weights = load_file(copied_source / "model.safetensors")
+    save_file({**weights, "model.extra.weight": torch.ones(2)}, copied_source / "model.safetensors")
+    assert "model.extra.weight" in fails(source=copied_source)
+
+
+def test_source_with_a_missing_tensor(fails: Any, copied_source: Path) -> None:
+    weights = load_file(copied_source / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, copied_source / "model.safetensors")
+    assert "model.norm.weight" in fails(source=copied_source)
+
+
+def test_wrong_vocabulary_for_the_data(fails: Any, tmp_path: Path) -> None:
+    with IndexedDatasetWriter(str(tmp_path / "big"), np.uint16) as writer:
+        writer.add_document(np.full(2000, 5000))
+        writer.finalize()
+    line = fails(data_path=tmp_path / "big")
+    assert "vocabulary" in line
+    assert "5000" in line
+
+
+def test_truncated_bin(fails: Any, workspace: Any, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{workspace.data}{suffix}", tmp_path / f"cut{suffix}")
+    content = (tmp_path / "cut.bin").read_bytes()
+    (tmp_path / "cut.bin").write_bytes(content[:-10])
+    assert "cut.bin" in fails(data_path=tmp_path / "cut")
+
+
+def test_index_with_wrong_magic(fails: Any, workspace: Any, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{workspace.data}{suffix}", tmp_path / f"magic{suffix}")
+    content = (tmp_path / "magic.idx").read_bytes()
+    (tmp_path / "magic.idx").write_bytes(b"NOTMAGIC!" + content[9:])
+    assert "magic.idx" in fails(data_path=tmp_path / "magic")
+
+
+def test_missing_data(fails: Any) -> None:
+    assert "/nowhere/data" in fails(data_path="/nowhere/data")
+
+
+def test_target_above_the_source(fails: Any) -> None:
+    assert "not below the source" in fails(target_shape=None, target_params="1B")
+
+
+def test_target_below_the_floor(fails: Any) -> None:
+    assert "below the floor" in fails(target_shape=None, target_params="1K")
+
+
+def test_misspelt_yaml_key_names_the_nearest(fails: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("globl_batch_size: 8\n")
+    line = fails("--config", str(tmp_path / "run.yaml"))
+    assert "globl_batch_size" in line
+    assert "did you mean global_batch_size" in line
+
+
+def test_batch_sizes_that_do_not_divide(fails: Any) -> None:
+    assert "no multiple" in fails(micro_batch_size=3)
+
+
+def test_unknown_tokenizer(fails: Any) -> None:
+    assert "/nowhere/tokenizer" in fails(tokenizer="/nowhere/tokenizer")
+
+
+def test_load_without_a_checkpoint(fails: Any, tmp_path: Path) -> None:
+    assert "no complete checkpoint" in fails(load=tmp_path)
+
+
+def test_all_configuration_errors_come_together(fails: Any) -> None:
+    line = fails(lr=-1, keep_last=1, global_batch_size=5)
+    assert "--lr" in line
+    assert "--keep-last" in line
+    assert "--global-batch-size" in line
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    workspace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*workspace.flags("unused", save=tmp_path / "run"), "--dry-run"]) == 0
+    assert "target" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_checkpoint_is_named(workspace: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = workspace.flags("damaged", target_shape=None, train_iters=4, eval_interval=0)
+    workspace.run_ok(flags)
+    (shard,) = (workspace.root / "damaged" / "checkpoints").glob("*/rank_00000.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(flags) == 2
+    error = capfd.readouterr().err
+    assert str(shard) in error
+    assert "damaged" in error

@@ -1,0 +1,134 @@
+"""Whole runs: equalities between ways of doing the same training, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_prune.architecture import tensor_specs
+from megatron_prune.checkpoint.hf import read_architecture
+from megatron_prune.checkpoint.store import Checkpoint, complete_checkpoints, newest_checkpoint
+from megatron_prune.pruning.ledger import read_ledger, replay
+
+
+def newest(run_dir: Path) -> Checkpoint:
+    path = newest_checkpoint(run_dir)
+    assert path is not None
+    return Checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def baseline(workspace: Any) -> Path:
+    """One uninterrupted single-process run that prunes all three types and then continues."""
+    workspace.run_ok(workspace.flags("baseline"))
+    return Path(workspace.root / "baseline")
+
+
+def test_the_run_prunes_to_the_target_and_continues(workspace: Any, baseline: Path, read_jsonl: Any) -> None:
+    events = read_jsonl(baseline / "ledger.jsonl")
+    assert {event["type"] for event in events} == {"attention", "ffn", "stem"}
+    assert events[-1]["shape"] == {"hidden_size": 24, "ffn_hidden_size": 24, "num_attention_heads": 2}
+    lines = [line for line in read_jsonl(baseline / "metrics.jsonl") if "loss" in line]
+    assert lines[-1]["step"] == 40
+    assert events[-1]["step"] < 40, "the second stage has steps of its own"
+    assert lines[-1]["parameters"] == events[-1]["parameters"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.parametrize("align", [1, 0], ids=["every-event", "never"])
+def test_compaction_changes_no_decision_and_no_loss(
+    workspace: Any, baseline: Path, assert_same_run: Any, align: int
+) -> None:
+    name = f"align{align}"
+    workspace.run_ok(workspace.flags(name, prune_align=align))
+    assert_same_run(baseline, workspace.root / name, 2e-6)
+
+
+def test_two_data_parallel_processes_equal_one(workspace: Any, baseline: Path, assert_same_run: Any) -> None:
+    workspace.run_ok(workspace.flags("dp2", micro_batch_size=1), processes=2)
+    assert_same_run(baseline, workspace.root / "dp2", 1e-6)
+
+
+@pytest.mark.parametrize(("processes", "step"), [(1, 6), (2, 12)])
+def test_a_stopped_run_resumes_bit_for_bit(workspace: Any, assert_same_run: Any, processes: int, step: int) -> None:
+    micro = 2 // processes
+    whole, stopped = f"whole{processes}", f"stopped{processes}"
+    workspace.run_ok(workspace.flags(whole, micro_batch_size=micro, prune_ratio="1:1"), processes)
+    flags = workspace.flags(stopped, micro_batch_size=micro, prune_ratio="1:1")
+    code = workspace.stop_at(flags, step, signal.SIGTERM, processes)
+    assert code != 0
+    if processes == 1:
+        assert code == 75
+    assert newest(workspace.root / stopped).manifest.progress.step < 40
+    output = workspace.run_ok(flags, processes)
+    assert "resuming" in output
+    assert_same_run(workspace.root / whole, workspace.root / stopped, 0.0)
+    finals = [newest(workspace.root / name) for name in (whole, stopped)]
+    for spec in tensor_specs(finals[0].manifest.partition.source):
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(finals[0].whole(spec, kind), finals[1].whole(spec, kind)), (spec.name, kind)
+
+
+def test_checkpoint_moves_between_data_parallel_sizes(workspace: Any, baseline: Path, assert_same_run: Any) -> None:
+    flags = workspace.flags("moved", micro_batch_size=1)
+    workspace.stop_at(flags, 5, signal.SIGTERM, processes=2)
+    workspace.run_ok(flags, processes=1)
+    assert_same_run(baseline, workspace.root / "moved", 2e-6)
+
+
+def test_ledger_and_source_reproduce_the_pruned_model(workspace: Any, baseline: Path) -> None:
+    source = read_architecture(workspace.source)
+    partition = replay(source, read_ledger(baseline / "ledger.jsonl"))
+    checkpoint = newest(baseline)
+    assert partition.architecture() == checkpoint.manifest.partition.architecture()
+    assert partition.compacted(8).same_placement(checkpoint.manifest.partition.compacted(8))
+
+
+def test_exports_at_budgets_load_and_are_the_first_under_them(workspace: Any, read_jsonl: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    flags = workspace.flags("budgets", target_shape=None, target_params="12K", export_at="16K,14K")
+    output = workspace.run_ok(flags)
+    assert "logits within" in output
+    events = read_jsonl(workspace.root / "budgets" / "ledger.jsonl")
+    for name, budget in (("16K", 16_000), ("14K", 14_000)):
+        directory = workspace.root / "budgets" / "exports" / name
+        first = next(event["parameters"] for event in events if event["parameters"] <= budget)
+        stored = load_file(directory / "model.safetensors")
+        model: Any = AutoModelForCausalLM.from_pretrained(directory)
+        assert model.num_parameters() == sum(tensor.numel() for tensor in stored.values())
+        assert read_architecture(directory).hidden_size == next(
+            event["shape"]["hidden_size"] for event in events if event["parameters"] == first
+        )
+        assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape[1] > 3
+    below = [event["parameters"] for event in events if event["parameters"] <= 12_000]
+    assert below == [events[-1]["parameters"]], "pruning stops at the first shape at or under the target"
+
+
+def test_random_and_magnitude_metrics_decide_differently(workspace: Any, baseline: Path, read_jsonl: Any) -> None:
+    groups = {}
+    for metric in ("magnitude", "random"):
+        workspace.run_ok(workspace.flags(metric, prune_metric=metric, train_iters=25, eval_interval=0))
+        groups[metric] = [str(e["removed"]) for e in read_jsonl(workspace.root / metric / "ledger.jsonl")]
+    groups["taylor"] = [str(e["removed"]) for e in read_jsonl(baseline / "ledger.jsonl")]
+    assert len({tuple(removed) for removed in groups.values()}) == 3
+
+
+def test_bf16_and_recompute_train(workspace: Any, read_jsonl: Any) -> None:
+    workspace.run_ok([*workspace.flags("bf16", precision="bf16"), "--recompute"])
+    lines = [line for line in read_jsonl(workspace.root / "bf16" / "metrics.jsonl") if "loss" in line]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["hidden_size"] == 24
+
+
+def test_keep_last_prunes_old_checkpoints(workspace: Any) -> None:
+    flags = workspace.flags("keep", target_shape=None, train_iters=9, save_interval=2, eval_interval=0)
+    workspace.run_ok(flags)
+    names = [path.name for path in complete_checkpoints(workspace.root / "keep")]
+    assert names == ["step_00000008", "step_00000009"]
+    assert not list((workspace.root / "keep" / "checkpoints").glob(".writing*"))
