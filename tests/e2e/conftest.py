@@ -36,12 +36,12 @@ class Workspace:
     data: Path
     repo: Path
 
-    def flags(self, save: str, **changes: Any) -> list[str]:
+    def flags(self, run: str, **changes: Any) -> list[str]:
         """Flags of a short fp32 pruning run with all three types; ``changes`` by flag name, None drops one."""
         values: dict[str, Any] = {
             "source": self.source,
             "data_path": self.data,
-            "save": self.root / save,
+            "save": self.root / run,
             "seq_length": 16,
             "micro_batch_size": 2,
             "global_batch_size": 4,
