@@ -20,7 +20,7 @@ from megatron_prune.pruning.ledger import Event, shape_of
 from megatron_prune.training.console import Status
 from megatron_prune.training.loop import StepRecord, Trainer
 from megatron_prune.training.report import Reporter
-from megatron_prune.training.speed import ProgressEta, Throughput
+from megatron_prune.training.speed import Eta, Throughput
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -51,7 +51,7 @@ class Metrics(_Callback):
         self._reporter = reporter
         self._throughput = throughput
         self._target = target_parameters
-        self._eta = ProgressEta()
+        self._eta = Eta()
         self._scores: Mapping[str, float] | None = None
 
     def after_removal(self, trainer: Trainer, event: Event) -> None:
@@ -89,7 +89,7 @@ class Metrics(_Callback):
         status = Status(
             source_parameters=trainer.engine.partition.source.num_parameters(),
             target_parameters=self._target,
-            eta_seconds=self._eta.seconds(0, config.train.train_iters - progress.step),
+            eta_seconds=self._eta.seconds(config.train.train_iters - progress.step),
         )
         self._reporter.log(line, status)
 

@@ -38,7 +38,7 @@ PEAK_BF16_FLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("MI300X",), 1307.4e12),
 )
 
-#: Updates over which :class:`ProgressEta` measures the time of a step: pruning makes steps faster, old ones mislead.
+#: Updates over which :class:`Eta` measures the time of a step: pruning makes steps faster, old ones mislead.
 ETA_WINDOW = 50
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
@@ -113,11 +113,10 @@ class Throughput:
         return speed
 
 
-class ProgressEta:
-    """Time left in a run that first prunes a number of units and then trains for a number of steps.
+class Eta:
+    """Time left in a run, at the pace of the last :data:`ETA_WINDOW` steps.
 
-    Units go at the mean pace since the first update (a head takes many at once, a short window would see none or
-    all of them); later steps at the pace of the last :data:`ETA_WINDOW` updates.
+    Both stages count: ``--train-iters`` is their sum, and a model that has shrunk is faster than the mean so far.
 
     Args:
         clock: seconds, monotonic.
@@ -126,38 +125,17 @@ class ProgressEta:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._steps: deque[tuple[float, int]] = deque(maxlen=ETA_WINDOW)
-        self._first: tuple[float, int] | None = None
-        self._last: tuple[float, int] | None = None
 
-    def update(self, step: int, units: int = 0) -> None:
-        """Tell how many optimizer steps and pruned units there are by now, in total."""
-        now = self._clock()
-        self._steps.append((now, step))
-        self._last = (now, units)
-        # The time before the first unit (warm-up) says nothing of the pace of units.
-        if self._first is None or units == 0:
-            self._first = (now, units)
+    def update(self, step: int) -> None:
+        """Tell how many optimizer steps are done by now."""
+        self._steps.append((self._clock(), step))
 
-    def seconds(self, units_left: int, steps_after: int) -> float | None:
-        """Seconds until the end.
-
-        Args:
-            units_left: units still to be pruned.
-            steps_after: optimizer steps once they are (all the steps left when nothing is pruned).
-
-        Returns:
-            None while there is nothing to measure a pace by.
-        """
-        if self._first is None or self._last is None:
+    def seconds(self, steps_left: int) -> float | None:
+        """Seconds for the steps that are left, or None while there is nothing to measure a pace by."""
+        if len(self._steps) < 2:
             return None
-        pruning = _pace(self._first, self._last) if units_left else 0.0
-        training = _pace(self._steps[0], self._steps[-1]) if steps_after else 0.0
-        return None if pruning is None or training is None else units_left * pruning + steps_after * training
-
-
-def _pace(first: tuple[float, int], last: tuple[float, int]) -> float | None:
-    """Seconds per unit or step between two readings of (seconds, count), None when nothing moved."""
-    return (last[0] - first[0]) / (last[1] - first[1]) if last[1] > first[1] else None
+        (began, first), (now, last) = self._steps[0], self._steps[-1]
+        return steps_left * (now - began) / (last - first)
 
 
 def format_eta(seconds: float) -> str:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,15 @@ def same_run(first: Path, second: Path, tolerance: float) -> None:
             assert mine[key] == pytest.approx(theirs[key], abs=tolerance, rel=tolerance), (key, mine, theirs)
         if "grad_norm" in mine:  # Adam amplifies rounding in gradients more than in losses
             assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=30 * tolerance, abs=0), (mine, theirs)
+
+
+@pytest.fixture(autouse=True)
+def _restore_environment() -> Iterator[None]:
+    """A run started in this process sets the launcher's variables; the next one must not find them."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,38 @@ def test_the_run_prunes_to_the_target_and_continues(workspace: Any, baseline: Pa
     assert events[-1]["step"] < 40, "the second stage has steps of its own"
     assert lines[-1]["parameters"] == events[-1]["parameters"]
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_learning_rate_is_constant_while_pruning_and_starts_afresh_after(baseline: Path, read_jsonl: Any) -> None:
+    last_event = read_jsonl(baseline / "ledger.jsonl")[-1]["step"]
+    rates = {line["step"]: line["lr"] for line in read_jsonl(baseline / "metrics.jsonl") if "loss" in line}
+    assert [rates[1], rates[2]] == pytest.approx([1.5e-3, 3e-3]), "warm-up"
+    assert {rates[step] for step in range(2, last_event + 1)} == {3e-3}
+    assert rates[last_event + 1] == pytest.approx(1.5e-3), "the second stage warms up again"
+    assert rates[40] < 1e-4, "and decays to its end"
+
+
+def test_a_finished_run_started_again_changes_nothing(workspace: Any, baseline: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in baseline.glob("checkpoints/*/*")}
+    metrics = (baseline / "metrics.jsonl").read_text()
+    workspace.run_ok(workspace.flags("baseline"))
+    assert {path: path.stat().st_mtime_ns for path in baseline.glob("checkpoints/*/*")} == before
+    assert (baseline / "metrics.jsonl").read_text() == metrics
+
+
+def test_convert_to_hf_exports_the_newest_checkpoint(workspace: Any, baseline: Path, tmp_path: Path) -> None:
+    def convert(load: Path, save: Path) -> subprocess.CompletedProcess[str]:
+        tool = workspace.repo / "tools" / "convert_to_hf.py"
+        command = [sys.executable, str(tool), "--load", str(load), "--save", str(save)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = convert(baseline, tmp_path / "export")
+    assert done.returncode == 0, done.stderr
+    assert "bit for bit" in done.stdout
+    assert read_architecture(tmp_path / "export").ffn_hidden_size == 24
+    failed = convert(tmp_path / "none", tmp_path / "other")
+    assert failed.returncode == 2
+    assert "no complete checkpoint" in failed.stderr
 
 
 @pytest.mark.parametrize("align", [1, 0], ids=["every-event", "never"])

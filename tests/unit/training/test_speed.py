@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_prune.architecture import Architecture, uniform_kv_groups
-from megatron_prune.training.speed import ETA_WINDOW, ProgressEta, Throughput, format_eta, peak_flops
+from megatron_prune.training.speed import ETA_WINDOW, Eta, Throughput, format_eta, peak_flops
 
 ARCH = Architecture("llama", 2, 32, 64, 4, uniform_kv_groups(2, 4, 4), 8, 100)
 
@@ -93,29 +93,16 @@ def test_format_eta(seconds: float, text: str) -> None:
     assert format_eta(seconds) == text
 
 
-def test_eta_is_units_at_their_pace_then_steps_at_theirs() -> None:
+def test_eta_follows_the_recent_pace() -> None:
     clock = Clock()
-    eta = ProgressEta(clock)
-    assert eta.seconds(10, 10) is None
-    for step in range(11):  # warm-up: no units, must not slow their pace down
-        eta.update(step, 0)
-        clock.now += 5.0
-    assert eta.seconds(10, 10) is None
-    for step in range(11, 21):
-        eta.update(step, 2 * (step - 10))
-        clock.now += 5.0
-    assert eta.seconds(units_left=40, steps_after=0) == pytest.approx(40 * 2.5)
-    assert eta.seconds(units_left=40, steps_after=7) == pytest.approx(40 * 2.5 + 7 * 5.0)
-
-
-def test_eta_forgets_slow_steps() -> None:
-    clock = Clock()
-    eta = ProgressEta(clock)
-    for step in range(10):
+    eta = Eta(clock)
+    assert eta.seconds(10) is None
+    for step in range(100):
+        clock.now += 10.0
         eta.update(step)
-        clock.now += 100.0
-    for step in range(10, 10 + ETA_WINDOW):
-        eta.update(step)
+    assert eta.seconds(7) == pytest.approx(70.0)
+    for step in range(100, 100 + ETA_WINDOW):
         clock.now += 1.0
-    assert eta.seconds(units_left=0, steps_after=30) == pytest.approx(30.0)
-    assert eta.seconds(units_left=0, steps_after=0) == 0.0
+        eta.update(step)
+    assert eta.seconds(7) == pytest.approx(7.0), "steps from before the model shrank are forgotten"
+    assert eta.seconds(0) == 0.0
