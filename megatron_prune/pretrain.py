@@ -57,6 +57,11 @@ def _run(argv: Sequence[str]) -> None:
         device = init_process_group()
         try:
             _train(config, inputs, device, stop)
+        except UserError as error:
+            rank = torch.distributed.get_rank()
+            if rank:  # what only this rank met (a bad token in its samples) would otherwise go unsaid
+                print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+            raise
         finally:
             torch.distributed.destroy_process_group()
 

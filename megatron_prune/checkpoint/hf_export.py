@@ -145,6 +145,7 @@ def verify_export(directory: Path, arch: Architecture, tensors: TensorSource) ->
     """
     import transformers  # takes seconds, and only exports need it
 
+    transformers.utils.logging.disable_progress_bar()  # a bar per verified snapshot is noise in a training log
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     stock, loading = loaded
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")

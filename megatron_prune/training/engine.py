@@ -7,9 +7,12 @@ resuming are the same routine and differ only in where the states come from.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import io
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -140,7 +143,8 @@ class PruningEngine:
             {"params": plain, "weight_decay": 0.0},
         ]
         optimizer = self._adam.make(groups, 0.0, self._adam.betas, self._adam.eps, self._adam.weight_decay)
-        engine, *_ = deepspeed.initialize(model=self._pipeline, optimizer=optimizer, config=self._config)
+        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory at every compaction
+            engine, *_ = deepspeed.initialize(model=self._pipeline, optimizer=optimizer, config=self._config)
         take_step = engine._take_model_step
 
         def step_with_hook(lr_kwargs: Any) -> None:
@@ -272,9 +276,11 @@ class PruningEngine:
         return float(self._engine.eval_batch(iter(batches), num_micro_batches=count))
 
 
-def prepare_deepspeed(verbose: bool) -> None:
-    """Attach DeepSpeed to the process group and keep it from building what training never calls."""
+def prepare_deepspeed() -> None:
+    """Attach DeepSpeed to the process group, keep it from building what training never calls, and keep it quiet."""
     # The op serves inference_all_reduce only and would compile for minutes on a CPU machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.INFO if verbose else logging.WARNING)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # torch renames collectives faster than the pinned DeepSpeed follows; nothing a user could do.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

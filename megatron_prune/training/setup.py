@@ -127,7 +127,7 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
         device: of this process.
         reporter: where lines go.
     """
-    prepare_deepspeed(verbose=False)
+    prepare_deepspeed()
     world_size = torch.distributed.get_world_size()
     checkpoint = inputs.checkpoint
     partition = checkpoint.manifest.partition if checkpoint else Partition.of(inputs.source)
