@@ -15,8 +15,8 @@ from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, StopRequested, U
 from megatron_prune.ops.dispatch import format_choices
 from megatron_prune.parallel.mesh import init_process_group, map_launcher_environment
 from megatron_prune.plan import format_plan, make_plan
+from megatron_prune.training.inputs import Inputs, read_inputs, read_source
 from megatron_prune.training.report import Reporter
-from megatron_prune.training.setup import Inputs, build_trainer, read_inputs, read_source
 from megatron_prune.training.signals import StopRequest
 
 
@@ -67,6 +67,8 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _train(config: Config, inputs: Inputs, device: torch.device, stop: StopRequest) -> None:
+    from megatron_prune.training.setup import build_trainer  # imports DeepSpeed: seconds that --help need not wait for
+
     save_dir = None if config.run.save is None else Path(config.run.save)
     is_main = torch.distributed.get_rank() == 0
     _say(format_choices(inputs.ops))

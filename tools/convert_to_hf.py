@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 
 from megatron_prune.checkpoint.hf import export_hf, read_config, verify_export
-from megatron_prune.checkpoint.store import Checkpoint, newest_checkpoint
+from megatron_prune.checkpoint.store import SOURCE_DIR, Checkpoint, newest_checkpoint
 from megatron_prune.errors import EXIT_BAD_INPUT, UserError
-from megatron_prune.training.setup import SOURCE_DIR
 
 BYTES_PER_GB = 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -32,6 +32,8 @@ from megatron_prune.pruning.ledger import Event, Ledger, read_ledger
 CHECKPOINTS = "checkpoints"
 COMPLETE_FILE = "COMPLETE"
 LEDGER_FILE = "ledger.jsonl"
+#: Of the run directory: what exports need of the source (config, tokenizer), so that a run stands alone.
+SOURCE_DIR = "source"
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".writing_"
 

@@ -14,8 +14,9 @@ from megatron_prune.parallel.collectives import sum_over_copies_
 from megatron_prune.parallel.mesh import init_process_group
 from megatron_prune.parallel.states import StateKind
 from megatron_prune.pruning.saliency import is_output_matrix
+from megatron_prune.training.inputs import read_inputs, read_source
 from megatron_prune.training.report import Reporter
-from megatron_prune.training.setup import build_trainer, read_inputs, read_source
+from megatron_prune.training.setup import build_trainer
 
 
 def main() -> None:
