@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_REQUEUE = 75  # sysexits' EX_TEMPFAIL: stopped with a complete checkpoint, start me again
 

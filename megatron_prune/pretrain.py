@@ -11,7 +11,14 @@ from typing import TextIO
 import torch
 
 from megatron_prune.config import Config, load_config, validate_against_source, validate_config
-from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, StopRequested, UserError
+from megatron_prune.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILURE,
+    EXIT_REQUEUE,
+    MegatronPruneError,
+    StopRequested,
+    UserError,
+)
 from megatron_prune.ops.dispatch import format_choices
 from megatron_prune.parallel.mesh import init_process_group, map_launcher_environment
 from megatron_prune.plan import format_plan, make_plan
@@ -31,12 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         _run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        _say(f"error: {error}", sys.stderr)
-        return EXIT_BAD_INPUT
     except StopRequested as stop:
         _say(str(stop), sys.stderr)
         return EXIT_REQUEUE
+    except UserError as error:
+        _complain(error)
+        return EXIT_BAD_INPUT
+    except MegatronPruneError as error:
+        _complain(error)
+        return EXIT_FAILURE
     return 0
 
 
@@ -57,11 +67,6 @@ def _run(argv: Sequence[str]) -> None:
         device = init_process_group()
         try:
             _train(config, inputs, device, stop)
-        except UserError as error:
-            rank = torch.distributed.get_rank()
-            if rank:  # what only this rank met (a bad token in its samples) would otherwise go unsaid
-                print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-            raise
         finally:
             torch.distributed.destroy_process_group()
 
@@ -69,7 +74,7 @@ def _run(argv: Sequence[str]) -> None:
 def _train(config: Config, inputs: Inputs, device: torch.device, stop: StopRequest) -> None:
     from megatron_prune.training.setup import build_trainer  # imports DeepSpeed: seconds that --help need not wait for
 
-    save_dir = None if config.run.save is None else Path(config.run.save)
+    save_dir = None if config.run.directory is None else Path(config.run.directory)
     is_main = torch.distributed.get_rank() == 0
     _say(format_choices(inputs.ops))
     _say(_beginning(config, inputs))
@@ -95,6 +100,12 @@ def _beginning(config: Config, inputs: Inputs) -> str:
     parameters = inputs.source.num_parameters()
     data = inputs.train.fingerprint()
     return f"starting from {config.model.source} ({parameters:,} parameters, {start}), data {data}"
+
+
+def _complain(error: MegatronPruneError) -> None:
+    """Print an error on every process: only one node may lack a file, and only one rank may meet a bad sample."""
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def _say(text: str, file: TextIO | None = None) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_prune.checkpoint.hf import export_hf, read_config, verify_export
+from megatron_prune.checkpoint.hf import export_verified, read_config
 from megatron_prune.checkpoint.store import SOURCE_DIR, Checkpoint, newest_checkpoint
-from megatron_prune.errors import EXIT_BAD_INPUT, UserError
+from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 
 BYTES_PER_GB = 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,13 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         _export(options.load, options.save, options.dtype, int(options.max_shard_gb * BYTES_PER_GB))
-    except UserError as error:
+    except MegatronPruneError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
     return 0
 
 
 def _export(run_dir: Path, directory: Path, dtype: str | None, max_shard_bytes: int) -> None:
+    if max_shard_bytes < 1:
+        raise UserError("--max-shard-gb must be above 0; the default of 5 suits most hubs")
     newest = newest_checkpoint(run_dir)
     if newest is None:
         raise UserError(f"--load {run_dir} holds no complete checkpoint; give the directory that was --save of a run")
@@ -51,7 +53,7 @@ def _export(run_dir: Path, directory: Path, dtype: str | None, max_shard_bytes: 
     def tensors(name: str) -> torch.Tensor:
         return checkpoint.live(specs[name])
 
-    report = export_hf(
+    report, verified = export_verified(
         directory,
         arch,
         tensors,
@@ -60,7 +62,6 @@ def _export(run_dir: Path, directory: Path, dtype: str | None, max_shard_bytes: 
         source_config=read_config(run_dir / SOURCE_DIR),
         max_shard_bytes=max_shard_bytes,
     )
-    verified = verify_export(directory, arch, tensors)
     print(
         f"{directory}: {report.hf_class}, {report.num_parameters:,} parameters in {report.dtype}, "
         f"hidden {arch.hidden_size}, ffn {arch.ffn_hidden_size}, heads {arch.num_attention_heads} (step "

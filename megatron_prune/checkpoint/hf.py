@@ -9,6 +9,7 @@ from megatron_prune.checkpoint.hf_export import (
     VerifyReport,
     copy_companions,
     export_hf,
+    export_verified,
     verify_export,
 )
 from megatron_prune.checkpoint.hf_source import (
@@ -28,6 +29,7 @@ __all__ = [
     "copy_companions",
     "export_hf",
     "export_model_type",
+    "export_verified",
     "has_weights",
     "hf_config_from_architecture",
     "read_architecture",

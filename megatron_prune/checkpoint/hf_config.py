@@ -6,6 +6,7 @@ Import accepts what transformers 4 wrote (``rope_theta``, ``rope_scaling``, ``to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -227,7 +228,8 @@ def _positive_int(values: Mapping[str, Any], key: str) -> int:
 
 def _positive_number(values: Mapping[str, Any], key: str) -> float:
     value = values[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value > 0):
         raise UserError(f"config.json: {key} must be a positive number, not {value!r}")
     return float(value)
 

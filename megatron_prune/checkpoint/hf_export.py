@@ -28,7 +28,7 @@ from megatron_prune.ops.dispatch import torch_ops
 GENERATION_FILE: Final = "generation_config.json"
 #: safetensors metadata; "format" is what transformers asks for, the other marks what may be replaced.
 METADATA: Final[Mapping[str, str]] = {"format": "pt", "written_by": "megatron-prune"}
-LOGIT_TOLERANCE: Final = 1e-4  # fp32, largest absolute difference to transformers
+LOGIT_TOLERANCE: Final = 1e-4  # fp32, largest difference to transformers, relative to logits above 1
 VERIFY_TOKENS: Final = (2, 16)  # batch and length of the random text logits are compared on
 
 #: Gives a tensor by its logical name, in the logical shape and any float dtype.
@@ -141,7 +141,8 @@ def verify_export(directory: Path, arch: Architecture, tensors: TensorSource) ->
         The number of tensors, all equal to the bit, and the largest logit difference.
 
     Raises:
-        MegatronPruneError: a weight differs, is missing or too many, or the logits differ by more than 1e-4.
+        MegatronPruneError: a weight differs, is missing or too many, or the logits differ by more than 1e-4 (times the
+            largest logit where that is above 1).
     """
     import transformers  # takes seconds, and only exports need it
 
@@ -162,12 +163,47 @@ def verify_export(directory: Path, arch: Architecture, tensors: TensorSource) ->
     ours.load_state_dict({spec.name: expanded.get(spec.name, reloaded[spec.name]) for spec in specs}, assign=True)
     ours.set_shapes(logical_shapes(arch))  # remakes the K/V index, which the meta device left without content
     tokens = torch.randint(arch.vocab_size, VERIFY_TOKENS, generator=torch.Generator().manual_seed(0))
-    difference = (stock(input_ids=tokens).logits.float() - ours(tokens)).abs().max().item()
-    if not difference <= LOGIT_TOLERANCE:  # also catches NaN
+    logits = ours(tokens)
+    difference = (stock(input_ids=tokens).logits.float() - logits).abs().max().item()
+    limit = LOGIT_TOLERANCE * max(1.0, logits.abs().max().item())  # rounding grows with the logits
+    if not difference <= limit:  # also catches NaN
         raise MegatronPruneError(
-            f"export {directory}: logits of transformers differ by {difference:.2e} (limit {LOGIT_TOLERANCE:.0e})"
+            f"export {directory}: logits of transformers differ by {difference:.2e} (limit {limit:.0e})"
         )
     return VerifyReport(num_tensors=len(specs), max_abs_logit_difference=difference)
+
+
+def export_verified(
+    directory: Path,
+    arch: Architecture,
+    tensors: TensorSource,
+    *,
+    dtype: torch.dtype,
+    tokenizer_dir: Path | None,
+    source_config: Mapping[str, Any] | None,
+    max_shard_bytes: int,
+) -> tuple[ExportReport, VerifyReport]:
+    """:func:`export_hf`, then :func:`verify_export`; takes the same arguments.
+
+    Raises:
+        MegatronPruneError: the check failed; what was written is kept beside the target as ``NAME.unverified``.
+    """
+    report = export_hf(
+        directory,
+        arch,
+        tensors,
+        dtype=dtype,
+        tokenizer_dir=tokenizer_dir,
+        source_config=source_config,
+        max_shard_bytes=max_shard_bytes,
+    )
+    try:
+        return report, verify_export(report.directory, arch, tensors)
+    except MegatronPruneError:
+        suspect = report.directory.with_name(f"{report.directory.name}.unverified")
+        shutil.rmtree(suspect, ignore_errors=True)
+        report.directory.rename(suspect)
+        raise
 
 
 def _compare_weights(
@@ -241,9 +277,29 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer and generation config files of a model directory."""
-    for pattern in (*TOKENIZER_PATTERNS, GENERATION_FILE):
+def copy_companions(source: Path, target: Path, tokenizer: str | None = None) -> None:
+    """Copy the generation config and the tokenizer of a model directory.
+
+    Args:
+        source: model directory.
+        target: where the files go.
+        tokenizer: take the tokenizer from here instead: a directory, ``tokenizer.json``, sentencepiece model or hub id.
+    """
+    _copy_matching(source, target, (GENERATION_FILE,))
+    if tokenizer is None:
+        _copy_matching(source, target, TOKENIZER_PATTERNS)
+    elif Path(tokenizer).is_dir():
+        _copy_matching(Path(tokenizer), target, TOKENIZER_PATTERNS)
+    elif Path(tokenizer).is_file():
+        shutil.copyfile(tokenizer, target / f"tokenizer{Path(tokenizer).suffix}")
+    else:
+        import transformers
+
+        transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(target)
+
+
+def _copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)

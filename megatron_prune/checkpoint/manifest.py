@@ -29,6 +29,8 @@ class Progress:
         events: removals, the ledger's length.
         continue_from: step at which the budget was met and the second stage began, or None.
         exported: names of the budgets already exported.
+        pace_from: step at which the present pruning pace took over from another, 0 if it is the first.
+        pace_spent: units spent by then.
     """
 
     step: int = 0
@@ -38,6 +40,8 @@ class Progress:
     events: int = 0
     continue_from: int | None = None
     exported: tuple[str, ...] = ()
+    pace_from: int = 0
+    pace_spent: int = 0
 
     @property
     def skipped(self) -> int:

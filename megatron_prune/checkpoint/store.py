@@ -36,6 +36,7 @@ LEDGER_FILE = "ledger.jsonl"
 SOURCE_DIR = "source"
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".writing_"
+_DIGEST_BLOCK = 1 << 20
 
 
 def save_checkpoint(
@@ -184,5 +185,8 @@ def _sync_directory(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_DIGEST_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

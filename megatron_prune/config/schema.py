@@ -194,7 +194,7 @@ class RunConfig:
     """Run directory: config, metrics, ledger, checkpoints, exports. Starting again with the same one resumes."""
 
     load: str | None = None
-    """Run directory to resume from. Default: --save, if it holds a checkpoint."""
+    """Run directory to resume from when --save holds no checkpoint of its own yet. Alone, it is --save too."""
 
     save_interval: int = 1000
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
@@ -222,6 +222,11 @@ class RunConfig:
 
     dry_run: bool = False
     """Check everything, print the plan, start nothing."""
+
+    @property
+    def directory(self) -> str | None:
+        """The run directory: --save, or --load when only that is given."""
+        return self.save if self.save is not None else self.load
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from megatron_prune.config.values import (
 from megatron_prune.errors import ConfigError, UserError
 
 _Value = TypeVar("_Value")
+_MAX_SEED = 2**63  # generators take 64 bits
 _MIN_CHECKPOINTS = 2  # with one, a crash while the next is written could leave none
 
 
@@ -121,6 +122,8 @@ def _numbers(config: Config) -> Iterator[str]:
     yield from _outside(at_least_one, lambda value: value >= 1, "must be 1 or more")
     betas = {"adam_beta1": optim.adam_beta1, "adam_beta2": optim.adam_beta2}
     yield from _outside(betas, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+    if train.seed >= _MAX_SEED:
+        yield f"--seed {train.seed} must be below 2**63"
     if run.keep_last < _MIN_CHECKPOINTS:
         yield f"--keep-last {run.keep_last} must be {_MIN_CHECKPOINTS} or more, so that one is always whole"
 

@@ -63,8 +63,8 @@ def agreed(decision: str, mesh: Mesh) -> str:
     for rank, theirs in enumerate(gather((mine, decision), mesh)):
         if theirs[0] != hashlib.sha256(chosen.encode()).hexdigest():
             raise MegatronPruneError(
-                f"ranks disagree on what to prune: rank 0 chose {chosen}, rank {rank} chose {theirs[1]}; "
-                "their weights or gradients differ, resume from the last checkpoint"
+                f"ranks disagree: rank 0 chose {chosen}, rank {rank} chose {theirs[1]}; their weights, gradients or "
+                "run directories differ (--save must be shared by all nodes), resume from the last checkpoint"
             )
     return chosen
 

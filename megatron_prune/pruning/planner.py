@@ -71,25 +71,25 @@ def width(kind: GroupType, arch: Architecture) -> int:
 
 
 def cheapest_groups(vectors: SaliencyVectors) -> dict[GroupType, tuple[MiniGroup, float]]:
-    """The least salient group of each type and its raw score (mean over layers of the layer minima for heads and FFN).
+    """The least salient group of each type and the sum of its element scores over all layers.
 
     Ties go to the lowest index.
     """
     heads, ffn = vectors.heads.argmin(axis=1), vectors.ffn.argmin(axis=1)
     stem = int(vectors.stem.argmin())
     return {
-        "attention": (MiniGroup("attention", tuple(int(i) for i in heads)), float(vectors.heads.min(axis=1).mean())),
-        "ffn": (MiniGroup("ffn", tuple(int(i) for i in ffn)), float(vectors.ffn.min(axis=1).mean())),
+        "attention": (MiniGroup("attention", tuple(int(i) for i in heads)), float(vectors.heads.min(axis=1).sum())),
+        "ffn": (MiniGroup("ffn", tuple(int(i) for i in ffn)), float(vectors.ffn.min(axis=1).sum())),
         "stem": (MiniGroup("stem", stem), float(vectors.stem[stem])),
     }
 
 
 def group_sizes(arch: Architecture) -> dict[GroupType, int]:
-    """Scored elements in one group of each type, per layer for heads and FFN: the divisors of ``mean``."""
+    """Scored elements in one group of each type over all layers: the divisors of ``mean``."""
     per_block = arch.num_attention_heads * arch.head_dim + arch.ffn_hidden_size
     return {
-        "attention": arch.hidden_size * arch.head_dim,
-        "ffn": arch.hidden_size,
+        "attention": arch.num_layers * arch.hidden_size * arch.head_dim,
+        "ffn": arch.num_layers * arch.hidden_size,
         "stem": arch.num_layers * per_block,
     }
 

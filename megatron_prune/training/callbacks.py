@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_prune.architecture import tensor_specs
-from megatron_prune.checkpoint.hf import export_hf, verify_export
+from megatron_prune.checkpoint.hf import export_verified
 from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.store import save_checkpoint
+from megatron_prune.checkpoint.store import SOURCE_DIR, save_checkpoint
 from megatron_prune.config.values import parse_count
+from megatron_prune.errors import MegatronPruneError
 from megatron_prune.parallel.collectives import barrier
 from megatron_prune.parallel.placement import extract
 from megatron_prune.pruning.ledger import Event, shape_of
@@ -145,35 +147,33 @@ class Exports(_Callback):
                 trainer.mark_exported(name)
 
     def _export(self, trainer: Trainer, name: str) -> None:
-        partition, arch = trainer.engine.partition, trainer.architecture
+        partition = trainer.engine.partition
         tensors = {}
         for spec in tensor_specs(partition.source):  # a collective: every rank asks, the main one keeps
             whole = trainer.engine.whole_master(spec)
             if trainer.mesh.is_main:
                 tensors[spec.name] = extract(whole, spec, partition).cpu()
         if trainer.mesh.is_main:
-            directory = self._run_dir / "exports" / name
-            dtype = torch.bfloat16 if trainer.config.train.precision == "bf16" else torch.float32
-            export_hf(
+            self._reporter.event({"step": trainer.progress.step, **self._write(trainer, name, tensors)})
+        barrier(trainer.mesh)
+
+    def _write(self, trainer: Trainer, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Export on the main process; a snapshot that fails its check is reported and does not end days of training."""
+        directory, arch = self._run_dir / "exports" / name, trainer.architecture
+        try:
+            _, verified = export_verified(
                 directory,
                 arch,
                 tensors,
-                dtype=dtype,
-                tokenizer_dir=self._run_dir / "source",
+                dtype=torch.bfloat16 if trainer.config.train.precision == "bf16" else torch.float32,
+                tokenizer_dir=self._run_dir / SOURCE_DIR,
                 source_config=self._source_config,
                 max_shard_bytes=MAX_SHARD_BYTES,
             )
-            verified = verify_export(directory, arch, tensors)
-            self._reporter.event(
-                {
-                    "event": "export",
-                    "step": trainer.progress.step,
-                    "parameters": arch.num_parameters(),
-                    "to": str(directory),
-                    "verified": f"logits within {verified.max_abs_logit_difference:.1e} of transformers'",
-                }
-            )
-        barrier(trainer.mesh)
+        except MegatronPruneError as error:
+            return {"event": "export failed its check", "why": str(error)}
+        difference = f"logits within {verified.max_abs_logit_difference:.1e} of transformers'"
+        return {"event": "export", "parameters": arch.num_parameters(), "to": str(directory), "verified": difference}
 
 
 class Checkpoints(_Callback):

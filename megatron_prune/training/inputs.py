@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -49,6 +50,8 @@ def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inpu
     """
     ops = build_ops(parse_forced(config.train.op_impl), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     weights = SourceWeights(source_path, source) if has_weights(source_path) else None
+    if config.run.directory is not None:
+        _check_writable(Path(config.run.directory))
     if config.model.tokenizer is not None:
         _check_tokenizer(config.model.tokenizer, source)
     blends = parse_data_path(config.data.data_path)
@@ -80,12 +83,13 @@ def read_source(config: Config) -> tuple[Path, Architecture]:
 
 
 def _find_checkpoint(config: Config, source: Architecture) -> Checkpoint | None:
+    """The newest checkpoint of the run directory, else of ``--load``: a requeued job must not go back to its origin."""
     run = config.run
-    if run.load is not None and newest_checkpoint(Path(run.load)) is None:
-        raise UserError(f"--load {run.load} holds no complete checkpoint; check the path, or drop --load to start anew")
-    directory = run.load if run.load is not None else run.save
-    newest = newest_checkpoint(Path(directory)) if directory is not None else None
+    places = [Path(place) for place in (run.directory, run.load) if place is not None]
+    newest = next((found for found in map(newest_checkpoint, places) if found is not None), None)
     if newest is None:
+        if run.load is not None:
+            raise UserError(f"--load {run.load} holds no complete checkpoint; check it, or drop --load to start anew")
         return None
     checkpoint = Checkpoint(newest)
     if checkpoint.manifest.partition.source != source:
@@ -94,6 +98,14 @@ def _find_checkpoint(config: Config, source: Architecture) -> Checkpoint | None:
             "give the same source, or another --save to start anew"
         )
     return checkpoint
+
+
+def _check_writable(directory: Path) -> None:
+    """A run directory that cannot be made should fail now, not after the model is built."""
+    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "is not writable" if existing.is_dir() else "is a file"
+        raise UserError(f"--save {directory}: {existing} {reason}; give a directory that this process may write")
 
 
 def _check_tokenizer(tokenizer: str, source: Architecture) -> None:

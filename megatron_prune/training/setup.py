@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_prune.checkpoint.hf import (
     read_config,
 )
 from megatron_prune.checkpoint.manifest import Manifest, Progress
-from megatron_prune.checkpoint.store import LEDGER_FILE, SOURCE_DIR, newest_checkpoint
+from megatron_prune.checkpoint.store import LEDGER_FILE, SOURCE_DIR, Checkpoint, newest_checkpoint
 from megatron_prune.config import (
     Config,
     deepspeed_config,
@@ -28,6 +29,7 @@ from megatron_prune.config import (
 )
 from megatron_prune.model.pipeline import build_pipeline
 from megatron_prune.model.transformer import initial_tensor
+from megatron_prune.parallel.collectives import agreed
 from megatron_prune.parallel.mesh import Mesh, make_mesh
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.parallel.placement import place
@@ -59,10 +61,14 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     world_size = torch.distributed.get_world_size()
     checkpoint = inputs.checkpoint
     partition = checkpoint.manifest.partition if checkpoint else Partition.of(inputs.source)
-    progress = checkpoint.manifest.progress if checkpoint else Progress()
+    budget = _budget(config, inputs.source)
+    met = budget is None or budget.met(partition.architecture())
+    progress = _resumed(config, checkpoint, met) if checkpoint else Progress()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layer table
         pipeline = build_pipeline(partition, inputs.ops, world_size, config.train.recompute)
     mesh = make_mesh(device, pipeline.mpu().get_data_parallel_group())
+    # Ranks that read different directories (a --save that is not shared) would train different models.
+    agreed(f"resume {progress.step} events {progress.events}", mesh)
     optim = config.optim
     engine = PruningEngine(
         pipeline,
@@ -80,7 +86,7 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     return Trainer(
         config,
         engine,
-        _pruner(config, inputs.source, engine, mesh),
+        None if budget is None else _pruner(config, budget, progress, engine, mesh),
         Batches(inputs.train, inputs.valid, config.train.micro_batch_size, config.train.global_batch_size, mesh),
         mesh,
         ledger,
@@ -89,7 +95,21 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     )
 
 
-def _pruner(config: Config, source: Architecture, engine: PruningEngine, mesh: Mesh) -> Pruner | None:
+def _resumed(config: Config, checkpoint: Checkpoint, met: bool) -> Progress:
+    """Where a run goes on. A changed pace or a lowered target starts counting units now, not from the beginning."""
+    progress = checkpoint.manifest.progress
+    before = checkpoint.manifest.settings
+    start = before["prune"]["prune_start_iter"]
+    pace = (before["prune"]["prune_ratio"], before["optim"]["lr_warmup_iters"] if start is None else start)
+    reopened = progress.continue_from is not None and not met
+    if reopened:
+        progress = dataclasses.replace(progress, continue_from=None)
+    if reopened or pace != (config.prune.prune_ratio, config.prune_start_iter):
+        progress = dataclasses.replace(progress, pace_from=progress.step, pace_spent=progress.units_spent)
+    return progress
+
+
+def _budget(config: Config, source: Architecture) -> Budget | None:
     prune = config.prune
     if not prune.active:
         return None
@@ -98,18 +118,22 @@ def _pruner(config: Config, source: Architecture, engine: PruningEngine, mesh: M
     if prune.target_shape is not None:
         goal = parse_shape(prune.target_shape).resolve(source)
         shape = {"stem": goal[0], "ffn": goal[1], "attention": goal[2]}
-    budget = Budget(
+    return Budget(
         target_params=None if prune.target_params is None else parse_count(prune.target_params),
         target_shape=shape,
         floors={"attention": heads, "ffn": ffn, "stem": hidden},
         axes=[kind for kind in GROUP_TYPES if kind in prune.prune_axes],
     )
+
+
+def _pruner(config: Config, budget: Budget, progress: Progress, engine: PruningEngine, mesh: Mesh) -> Pruner:
+    prune = config.prune
     pruning, gradient = parse_ratio(prune.prune_ratio)
-    schedule = Schedule(pruning, gradient, config.prune_start_iter)
+    start = max(config.prune_start_iter, progress.pace_from)
+    schedule = Schedule(pruning, gradient, start, progress.pace_spent)
     assert prune.prune_metric != "param_first", "the schema turns the alias into taylor"
-    return Pruner(
-        engine, mesh, PruneRules(budget, schedule, prune.prune_metric, prune.saliency_norm, config.train.seed)
-    )
+    rules = PruneRules(budget, schedule, prune.prune_metric, prune.saliency_norm, config.train.seed)
+    return Pruner(engine, mesh, rules)
 
 
 def _callbacks(config: Config, inputs: Inputs, mesh: Mesh, reporter: Reporter, run_dir: Path | None) -> list[Callback]:
@@ -147,19 +171,16 @@ def _source_config(inputs: Inputs) -> Mapping[str, Any]:
 
 def _prepare_run_dir(config: Config, inputs: Inputs, mesh: Mesh) -> Path | None:
     """Write the resolved settings and keep what exports need of the source, so that the run stands alone."""
-    if config.run.save is None:
+    if config.run.directory is None:
         return None
-    run_dir = Path(config.run.save)
+    run_dir = Path(config.run.directory)
     if mesh.is_main:
         kept = run_dir / SOURCE_DIR
         kept.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_yaml(config))
         (kept / "config.json").write_text(_config_text(inputs.source_path))
         home = inputs.source_path if inputs.source_path.is_dir() else inputs.source_path.parent
-        copy_companions(home, kept)
-        tokenizer = config.model.tokenizer
-        if tokenizer is not None and Path(tokenizer).is_dir():
-            copy_companions(Path(tokenizer), kept)
+        copy_companions(home, kept, config.model.tokenizer)
     return run_dir
 
 

@@ -121,6 +121,27 @@ def test_load_without_a_checkpoint(fails: Any, tmp_path: Path) -> None:
     assert "no complete checkpoint" in fails(load=tmp_path)
 
 
+def test_save_that_cannot_be_a_directory(workspace: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for save in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert main(workspace.flags("unused", save=save)) == 2
+        assert f"{tmp_path / 'file'} is a file" in capfd.readouterr().err
+
+
+def test_numbers_that_are_none(fails: Any, copied_source: Path) -> None:
+    edit_config(copied_source, rms_norm_eps=float("nan"))
+    assert "rms_norm_eps" in fails(source=copied_source)
+
+
+def test_an_error_on_another_rank_is_said(
+    workspace: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(workspace.flags("unused", source="/nowhere/model")) == 2
+    assert "error: rank 1: source '/nowhere/model'" in capfd.readouterr().err
+
+
 def test_all_configuration_errors_come_together(fails: Any) -> None:
     line = fails(lr=-1, keep_last=1, global_batch_size=5)
     assert "--lr" in line

@@ -29,11 +29,11 @@ FLOORS: Any = {"attention": 1, "ffn": 1, "stem": 1}
 
 def vectors(attention: float, ffn: float, stem: float) -> SaliencyVectors:
     """Equal scores within a type, given as mean per element."""
-    sizes = group_sizes(ARCH)
+    sizes = {kind: size / 2 for kind, size in group_sizes(ARCH).items()}  # of a layer
     return SaliencyVectors(
         heads=np.full((2, 4), float(attention * sizes["attention"])),
         ffn=np.full((2, 12), float(ffn * sizes["ffn"])),
-        stem=np.full(8, float(stem * sizes["stem"])),
+        stem=np.full(8, 2 * float(stem * sizes["stem"])),
     )
 
 
@@ -50,15 +50,20 @@ def test_means_are_compared_and_ties_go_to_attention_then_ffn_then_stem() -> Non
 
 def test_plain_sums_favour_small_groups() -> None:
     assert chosen(vectors(1, 1, 1), "sum") == "ffn"
+    decision = choose(vectors(1, 1, 1), Partition.of(ARCH), Budget(1, None, FLOORS), "sum")
+    assert decision is not None
+    # Scored elements over both layers: a head 2 * 8 * 4, a channel 2 * 8, a stem channel 2 * (4 * 4 + 12).
+    assert decision.scores == {"attention": 64.0, "ffn": 16.0, "stem": 56.0}
 
 
 def test_params_norm_divides_by_what_is_removed() -> None:
-    # Per removed parameter a head (sum 32, 128 * 2 parameters over two layers) is dearer than a stem channel here.
     decision = choose(vectors(1, 1, 1), Partition.of(ARCH), Budget(1, None, FLOORS), "params")
     assert decision is not None
     source = ARCH.num_parameters()
     head_cost = source - remove(Partition.of(ARCH), MiniGroup("attention", (0, 0))).architecture().num_parameters()
-    assert decision.scores["attention"] == pytest.approx(32 / head_cost)
+    assert decision.scores["attention"] == pytest.approx(2 * 32 / head_cost)
+    # Both are a share of the same kind of matrices, so equal scores per weight come out within a small factor.
+    assert max(decision.scores.values()) < 3 * min(decision.scores.values())
 
 
 def test_each_layer_gives_its_own_index_and_ties_go_to_the_lowest() -> None:

@@ -41,6 +41,13 @@ def test_two_to_one_and_a_head() -> None:
     assert events(Schedule(2, 1, start=0), [1, 1, 64, 1], 100) == [0, 0, 1, 33]
 
 
+def test_a_changed_pace_owes_nothing_for_the_past() -> None:
+    schedule = Schedule(4, 1, start=100, spent_before=7)
+    assert not schedule.wants(99, spent=7)
+    assert schedule.wants(100, spent=10)
+    assert not schedule.wants(100, spent=11)
+
+
 @pytest.mark.parametrize(("pruning", "gradient"), [(4, 1), (2, 1), (1, 1), (1, 2), (1, 9), (3, 2)])
 def test_units_and_steps_keep_the_ratio(pruning: int, gradient: int) -> None:
     schedule = Schedule(pruning, gradient, start=7)
