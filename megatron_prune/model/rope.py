@@ -25,6 +25,7 @@ REQUIRED_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+OPTIONAL_NUMBERS: Final = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")  # of yarn
 YARN_BETA_FAST: Final = 32.0  # rotations within the original context above which a frequency is kept (YaRN, 3.2)
 YARN_BETA_SLOW: Final = 1.0  # rotations below which a frequency is fully interpolated
 YARN_MIN_RAMP: Final = 0.001  # keeps the ramp finite when both borders fall on one dimension
@@ -48,6 +49,12 @@ def check_rope(rope: Rope) -> None:
                 f"rope type '{rope.kind}' needs a positive number for '{key}', not {value!r}; "
                 "mend rope_scaling (rope_parameters) in config.json"
             )
+    for key in OPTIONAL_NUMBERS if rope.kind == "yarn" else ():
+        value = options.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"rope option '{key}' must be a number, not {value!r}; mend rope_scaling in config.json")
+    if rope.kind == "llama3" and options["high_freq_factor"] <= options["low_freq_factor"]:
+        raise UserError("rope option 'high_freq_factor' must be above 'low_freq_factor'; mend it in config.json")
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:

@@ -61,6 +61,15 @@ def test_missing_or_silly_option_is_named(value: object) -> None:
         inverse_frequencies(Rope(kind="linear", options=(("factor", value),)), 8)
 
 
+def test_optional_options_and_their_order_are_checked() -> None:
+    yarn = (("beta_fast", "x"), ("factor", 2.0), ("original_max_position_embeddings", 64))
+    with pytest.raises(UserError, match="'beta_fast' must be a number"):
+        inverse_frequencies(Rope(kind="yarn", options=yarn), 8)
+    llama3 = {"factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.raises(UserError, match="must be above 'low_freq_factor'"):
+        inverse_frequencies(Rope(kind="llama3", options=tuple(sorted(llama3.items()))), 8)
+
+
 def test_tables_grow_and_keep_their_prefix() -> None:
     tables = RotaryTables(tiny(Rope()))
     short_cos, _ = tables(3, torch.device("cpu"), torch.float32)

@@ -30,6 +30,7 @@ ARCH = Architecture(
     mlp_bias=True,
     qk_norm=True,
 )
+MOMENTS = ("exp_avg", "exp_avg_sq")
 ATTENTION = [MiniGroup("attention", (0, 5)), MiniGroup("attention", (1, 2)), MiniGroup("attention", (3, 3))]
 FFN = [MiniGroup("ffn", (i, 31 - i)) for i in range(5)]
 STEM = [MiniGroup("stem", i) for i in (3, 0, 23, 11)]
@@ -43,10 +44,16 @@ def build(partition: Partition, tensors: dict[str, Tensor]) -> CausalLM:
     return model
 
 
-def train(model: CausalLM, steps: int) -> tuple[list[float], torch.optim.Optimizer]:
+def adamw(model: CausalLM) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}])
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}])
+
+
+def train(
+    model: CausalLM, steps: int, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[list[float], torch.optim.Optimizer]:
+    optimizer = optimizer or adamw(model)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for step in range(steps):
@@ -66,6 +73,7 @@ def masked_and_sliced(groups: list[MiniGroup]) -> tuple[CausalLM, CausalLM, Part
     full = Partition.of(ARCH)
     whole = CausalLM(ARCH, layer_shapes(full), build_ops({}, torch.device("cpu")))
     init_weights(whole, ARCH, 0)
+    torch.manual_seed(0)
     for parameter in whole.parameters():  # biases and gains that differ from their neutral start
         nn.init.normal_(parameter, 0.1 if parameter.dim() > 1 else 0.8, 0.2)
     tensors = {name: p.detach().double() for name, p in whole.named_parameters()}
@@ -90,6 +98,33 @@ def test_masked_equals_sliced(groups: list[MiniGroup]) -> None:
     sliced_losses, sliced_optimizer = train(sliced, 20)
     assert masked_losses[-1] < masked_losses[0]
     assert masked_losses == pytest.approx(sliced_losses, abs=1e-6, rel=1e-6)
+
+
+def test_moments_that_are_older_than_the_removal_are_kept() -> None:
+    full = Partition.of(ARCH)
+    whole, _, _ = masked_and_sliced([])
+    _, optimizer = train(whole, 5)
+    after = full
+    for group in ATTENTION + FFN + STEM:
+        after = remove(after, group)
+    small = after.compacted(1)
+    weights = {name: p.detach().clone() for name, p in whole.named_parameters()}
+    moments = {(name, key): optimizer.state[p][key].clone() for name, p in whole.named_parameters() for key in MOMENTS}
+    for spec, dim, index in dead_elements(full, after):
+        for tensor in (weights[spec.name], *(moments[spec.name, key] for key in MOMENTS)):
+            zero_tensor_(tensor, dim, index)
+    losses = []
+    for where in (after, small):
+        model = build(where, {s.name: move(weights[s.name], s, full, where) for s in tensor_specs(ARCH)})
+        again = adamw(model)
+        specs = {spec.name: spec for spec in tensor_specs(ARCH)}
+        for name, parameter in model.named_parameters():
+            state = {key: move(moments[name, key], specs[name], full, where).clone() for key in MOMENTS}
+            again.state[parameter] = {"step": torch.tensor(5.0), **state}
+        losses.append(train(model, 20, again)[0])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6, rel=1e-6)
+    fresh, _ = train(build(small, {s.name: move(weights[s.name], s, full, small) for s in tensor_specs(ARCH)}), 20)
+    assert max(abs(a - b) for a, b in zip(losses[1], fresh, strict=True)) > 1e-3, "fresh moments train differently"
 
 
 @pytest.mark.parametrize("groups", [ATTENTION, FFN, STEM], ids=["attention", "ffn", "stem"])
