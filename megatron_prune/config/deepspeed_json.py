@@ -13,13 +13,13 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
     Args:
         config: a config that passed ``validate_config`` for the same world size.
-        world_size: data parallel processes.
+        world_size: processes of the job.
 
     ZeRO stage 1 always: stage 0 in fp32 under a pipeline clips by the norm of the first stage alone, and stages 2 and
     3 refuse pipelines.
     """
     train = config.train
-    samples_at_once = train.micro_batch_size * world_size
+    samples_at_once = train.micro_batch_size * config.parallel.data_parallel_size(world_size)
     assert train.global_batch_size % samples_at_once == 0, "validate_config was not called"
     derived: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,

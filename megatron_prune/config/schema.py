@@ -145,6 +145,33 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes share the model. What they do not split, they copy: processes / (tensor x pipeline) data
+    parallel copies, with the optimizer's state divided over them (ZeRO-1). The layout changes the speed and the
+    memory, never the result."""
+
+    tensor_model_parallel_size: int = 1
+    """Processes that split every layer's heads, FFN channels and the vocabulary; keep them inside one node. Any
+    number goes with any number of heads."""
+
+    pipeline_model_parallel_size: int = 1
+    """Stages the layers are cut into, one after the other."""
+
+    sequence_parallel: bool = False
+    """Split the sequence over the tensor parallel processes wherever the hidden state is whole: less activation
+    memory at the same traffic. --seq-length must be a multiple of --tensor-model-parallel-size."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model that ``world_size`` processes make."""
+        return world_size // self.model_parallel_size
+
+
+@dataclasses.dataclass(frozen=True)
 class PruneConfig:
     """What to prune towards, and how. Without a target nothing is pruned: plain or continued pretraining."""
 
@@ -237,6 +264,7 @@ class Config:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     prune: PruneConfig = PruneConfig()
     run: RunConfig = RunConfig()
 

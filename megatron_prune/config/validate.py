@@ -29,7 +29,7 @@ def validate_config(config: Config, world_size: int) -> None:
 
     Args:
         config: the settings.
-        world_size: data parallel processes.
+        world_size: processes of the job.
 
     Raises:
         ConfigError: with every problem found.
@@ -38,7 +38,7 @@ def validate_config(config: Config, world_size: int) -> None:
         *_missing(config),
         *_numbers(config),
         *_schedule(config),
-        *_batch(config, world_size),
+        *(_layout(config, world_size) or _batch(config, config.parallel.data_parallel_size(world_size))),
         *_split(config),
         *pruning_problems(config),
     ]
@@ -72,6 +72,11 @@ def validate_against_source(config: Config, arch: Architecture) -> None:
         differences = source_shape_differences(parse_source_shape(config.model.source_shape), arch)
         if differences:
             problems.append(f"--source-shape is not the source's shape ({'; '.join(differences)}): correct or drop it")
+    stages = config.parallel.pipeline_model_parallel_size
+    if stages > arch.num_layers:
+        problems.append(
+            f"--pipeline-model-parallel-size {stages} is above the source's {arch.num_layers} layers: use at most that"
+        )
     problems += _target_shape(config, arch) if config.prune.target_shape is not None else []
     if not problems:  # the floor of a wrong target shape would only repeat what was said
         problems += _budgets(config, arch)
@@ -155,14 +160,38 @@ def _schedule(config: Config) -> Iterator[str]:
         yield f"--lr-warmup-iters {optim.lr_warmup_iters} and --lr-wsd-decay-iters {decay} exceed --train-iters {iters}"
 
 
-def _batch(config: Config, world_size: int) -> Iterator[str]:
+def _layout(config: Config, world_size: int) -> list[str]:
+    """How the processes are arranged."""
+    parallel = config.parallel
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+    }
+    problems = list(_outside(sizes, lambda value: value >= 1, "must be 1 or more"))
+    if problems:
+        return problems
+    tensor, pipeline = sizes.values()
+    if world_size % parallel.model_parallel_size:
+        problems.append(
+            f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline} = {tensor * pipeline} "
+            f"does not divide the {world_size} process(es) of this job: change one of them, or start another number"
+        )
+    if parallel.sequence_parallel and config.data.seq_length % tensor:
+        problems.append(
+            f"--seq-length {config.data.seq_length} is no multiple of --tensor-model-parallel-size {tensor}, which "
+            "--sequence-parallel needs: change one of them"
+        )
+    return problems
+
+
+def _batch(config: Config, copies: int) -> Iterator[str]:
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
     if micro < 1 or batch < 1:
         yield f"--micro-batch-size {micro} and --global-batch-size {batch} must both be 1 or more"
-    elif batch % (micro * world_size):
+    elif batch % (micro * copies):
         yield (
-            f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {world_size} processes = "
-            f"{micro * world_size}: change one of them"
+            f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {copies} data parallel processes = "
+            f"{micro * copies}: change one of them"
         )
 
 

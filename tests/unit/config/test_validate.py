@@ -110,7 +110,7 @@ def test_all_problems_together() -> None:
 
 def test_batch_depends_on_the_processes() -> None:
     assert _problems(_config(micro_batch_size=8), world_size=32) == ()
-    assert "x 40 processes = 320" in _problems(_config(micro_batch_size=8), world_size=40)[0]
+    assert "x 40 data parallel processes = 320" in _problems(_config(micro_batch_size=8), world_size=40)[0]
 
 
 @pytest.mark.parametrize(
