@@ -190,8 +190,8 @@ def _batch(config: Config, copies: int) -> Iterator[str]:
         yield f"--micro-batch-size {micro} and --global-batch-size {batch} must both be 1 or more"
     elif batch % (micro * copies):
         yield (
-            f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {copies} copies of the model = "
-            f"{micro * copies}: change one of them"
+            f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {copies} copies of the model "
+            f"= {micro * copies}: change one of them"
         )
 
 
