@@ -13,7 +13,7 @@ from megatron_prune.architecture import Architecture
 from megatron_prune.errors import UserError
 from megatron_prune.parallel.partition import Partition
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_FILE = "manifest.json"
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: one directory per step with a manifest, the ledger and one shard per rank.
 
-A shard holds, for every fragment its rank owns, the *live* elements of the fp32 master and of both moments under the
-logical name; dead padding is rebuilt from the manifest's placement. The directory is written under a temporary name,
-synced, marked ``COMPLETE`` and renamed, so what has the final name is whole.
+A shard holds, for every fragment its rank owns, the *live* elements it is the keeper of: of the fp32 master and of both
+moments, under the logical name; dead padding is rebuilt from the manifest's placement. The directory is written under
+a temporary name, synced, marked ``COMPLETE`` and renamed, so what has the final name is whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_prune.checkpoint.manifest import MANIFEST_FILE, Manifest
 from megatron_prune.errors import UserError
 from megatron_prune.parallel.collectives import barrier, gather
 from megatron_prune.parallel.mesh import Mesh
-from megatron_prune.parallel.placement import extract, live_mask
+from megatron_prune.parallel.placement import deposit_, kept_mask
 from megatron_prune.parallel.states import StateFragment, StateKind
 from megatron_prune.pruning.ledger import Event, Ledger, read_ledger
 
@@ -69,7 +69,7 @@ def save_checkpoint(
         scratch.mkdir(parents=True)
     barrier(mesh)
     shard = scratch / f"rank_{mesh.rank:05d}.safetensors"
-    _write_shard(shard, manifest, fragments)
+    _write_shard(shard, manifest, fragments, mesh.tp_rank)
     shards = dict(gather((shard.name, _sha256(shard)), mesh))
     if mesh.is_main:
         Ledger(scratch / LEDGER_FILE).restore(list(events))
@@ -119,52 +119,51 @@ class Checkpoint:
                 state = "damaged" if shard.exists() else "missing"
                 raise UserError(f"checkpoint shard {shard} is {state}; delete {path} to resume from the one before")
 
-    def whole(self, spec: TensorSpec, kind: StateKind) -> Tensor:
-        """The whole physical fp32 tensor of one state under the checkpoint's own placement.
+    def live(self, spec: TensorSpec, kind: StateKind = "master") -> Tensor:
+        """The live (logical) fp32 tensor of one state: what an export holds and any layout can start from.
 
         Raises:
             UserError: the shards do not hold all of it.
         """
         partition = self.manifest.partition
-        whole = torch.zeros(partition.shape(spec), dtype=torch.float32)
-        flat, missing = whole.view(-1), whole.numel()
-        for values, start, numel in self._pieces(f"{kind}/{spec.name}"):
-            mask = live_mask(spec, partition, start, numel)
-            flat[start : start + numel][mask] = values
-            missing -= numel
+        whole = torch.zeros(partition.logical_shape(spec), dtype=torch.float32)
+        missing = whole.numel()
+        for values, tp_rank, start, numel in self._pieces(f"{kind}/{spec.name}"):
+            fragment = torch.zeros(numel, dtype=torch.float32)
+            fragment[kept_mask(spec, partition, tp_rank, start, numel)] = values
+            deposit_(whole, fragment, spec, partition, tp_rank, start)
+            missing -= values.numel()
         if missing:
             raise UserError(f"checkpoint {self.path} lacks {missing} elements of {spec.name}; use another checkpoint")
         return whole
-
-    def live(self, spec: TensorSpec, kind: StateKind = "master") -> Tensor:
-        """The live (logical) tensor of one state: what an export holds."""
-        return extract(self.whole(spec, kind), spec, self.manifest.partition)
 
     def specs(self) -> dict[str, TensorSpec]:
         """The model's tensors by logical name."""
         return {spec.name: spec for spec in tensor_specs(self.manifest.partition.source)}
 
-    def _pieces(self, key: str) -> Iterable[tuple[Tensor, int, int]]:
+    def _pieces(self, key: str) -> Iterable[tuple[Tensor, int, int, int]]:
+        """Kept values, tensor-parallel rank, start and length of every shard's fragment."""
         for shard in self._shards:
             try:
                 with safe_open(shard, framework="pt") as file:
-                    places: dict[str, list[int]] = json.loads(file.metadata()["fragments"])
+                    metadata = file.metadata()
+                    places: dict[str, list[int]] = json.loads(metadata["fragments"])
                     if key in places:
                         start, numel = places[key]
-                        yield file.get_tensor(key), start, numel
+                        yield file.get_tensor(key), int(metadata["tp_rank"]), start, numel
             except (SafetensorError, KeyError, ValueError) as error:
                 raise UserError(f"checkpoint shard {shard} cannot be read ({error})") from error
 
 
-def _write_shard(path: Path, manifest: Manifest, fragments: Iterable[StateFragment]) -> None:
+def _write_shard(path: Path, manifest: Manifest, fragments: Iterable[StateFragment], tp_rank: int) -> None:
     tensors: dict[str, Tensor] = {}
     places: dict[str, list[int]] = {}
     for fragment in fragments:
         key = f"{fragment.kind}/{fragment.spec.name}"
-        mask = live_mask(fragment.spec, manifest.partition, fragment.start, fragment.values.numel())
+        mask = kept_mask(fragment.spec, manifest.partition, tp_rank, fragment.start, fragment.values.numel())
         tensors[key] = fragment.values.detach().cpu()[mask].clone()
         places[key] = [fragment.start, fragment.values.numel()]
-    save_file(tensors, path, metadata={"fragments": json.dumps(places)})
+    save_file(tensors, path, metadata={"fragments": json.dumps(places), "tp_rank": str(tp_rank)})
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

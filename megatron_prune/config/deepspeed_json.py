@@ -31,7 +31,14 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # The optimizer may be one that DeepSpeed does not list, such as transformer-engine's FusedAdam.
         "zero_allow_untested_optimizer": True,
         # Reentrant recomputation of the embedding has no gradient to start from and leaves the next stage waiting.
-        "pipeline": {"use_reentrant": False, "activation_checkpoint_interval": int(train.recompute)},
+        "pipeline": {
+            "use_reentrant": False,
+            "activation_checkpoint_interval": int(train.recompute),
+            # DeepSpeed would send each tensor-parallel rank a part of what it takes for copies; under sequence
+            # parallelism they are no copies.
+            "pipe_partitioned": False,
+            "grad_partitioned": False,
+        },
         # The run reports for itself; DeepSpeed divides by this number, so it cannot be zero or absent.
         "steps_per_print": sys.maxsize,
         "wall_clock_breakdown": False,

@@ -8,7 +8,6 @@ from megatron_prune.model.rope import RotaryTables, apply_rope, check_rope, inve
 from megatron_prune.model.transformer import (
     CausalLM,
     DecoderLayer,
-    Embedding,
     LMHead,
     init_weights,
     initial_tensor,
@@ -20,7 +19,6 @@ __all__ = [
     "Attention",
     "CausalLM",
     "DecoderLayer",
-    "Embedding",
     "LMHead",
     "LayerShape",
     "RMSNorm",

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_prune.architecture import Architecture
-from megatron_prune.model.rope import apply_rope
+from megatron_prune.model.rope import RotaryTables, apply_rope
 from megatron_prune.ops.dispatch import Ops
+from megatron_prune.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
 #: Entry of ``kv_of_head`` for a query slot that is dead padding.
 DEAD_HEAD: Final = -1
@@ -95,27 +96,29 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions.
+    """Causal self-attention with rotary positions, on this rank's heads.
 
     Args:
         arch: gives head_dim, biases, q/k norms and window.
         shape: physical sizes.
         ops: kernels to compute with.
+        tp: who has the other heads.
     """
 
     kv_index: Tensor
     live_heads: Tensor
 
-    def __init__(self, arch: Architecture, shape: LayerShape, ops: Ops) -> None:
+    def __init__(self, arch: Architecture, shape: LayerShape, ops: Ops, tp: TensorParallel) -> None:
         super().__init__()
         self.head_dim = arch.head_dim
         self.window = arch.sliding_window
         self.ops = ops
+        self.tp = tp
         q_width, kv_width = shape.heads * arch.head_dim, shape.kv_heads * arch.head_dim
-        self.q_proj = nn.Linear(shape.hidden, q_width, bias=arch.qkv_bias)
-        self.k_proj = nn.Linear(shape.hidden, kv_width, bias=arch.qkv_bias)
-        self.v_proj = nn.Linear(shape.hidden, kv_width, bias=arch.qkv_bias)
-        self.o_proj = nn.Linear(q_width, shape.hidden, bias=arch.out_bias)
+        self.q_proj = ColumnParallelLinear(shape.hidden, q_width, bias=arch.qkv_bias)
+        self.k_proj = ColumnParallelLinear(shape.hidden, kv_width, bias=arch.qkv_bias)
+        self.v_proj = ColumnParallelLinear(shape.hidden, kv_width, bias=arch.qkv_bias)
+        self.o_proj = RowParallelLinear(q_width, shape.hidden, bias=arch.out_bias, tp=tp)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if arch.qk_norm:
@@ -133,18 +136,19 @@ class Attention(nn.Module):
         self.register_buffer("kv_index", kv_index.clamp_min(0), persistent=False)
         self.register_buffer("live_heads", (kv_index != DEAD_HEAD).view(-1, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend over the sequence.
+    def forward(self, x: Tensor, rotary: RotaryTables) -> Tensor:
+        """Attend over the sequence, positions 0..S-1.
 
         Args:
-            x: [B, S, D].
-            cos: [S, hd] in the dtype of ``x``.
-            sin: like ``cos``.
+            x: [B, S, D], or this rank's part of the sequence under sequence parallelism.
+            rotary: tables.
 
         Returns:
-            [B, S, D] in the dtype of ``x``.
+            Shape and dtype of ``x``.
         """
+        x = self.tp.enter(x)
         batch, seq_length, _ = x.shape
+        cos, sin = rotary(seq_length, x.device, x.dtype)
         shape, head_dim = self.shape, self.head_dim
         q = self.q_proj(x).view(batch, seq_length, shape.heads, head_dim)
         k = self.k_proj(x).view(batch, seq_length, shape.kv_heads, head_dim)

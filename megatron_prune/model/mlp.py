@@ -7,24 +7,28 @@ from torch import Tensor, nn
 from megatron_prune.architecture import Architecture
 from megatron_prune.model.attention import LayerShape
 from megatron_prune.ops.dispatch import Ops
+from megatron_prune.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
 
 class MLP(nn.Module):
-    """Gated feed-forward block.
+    """Gated feed-forward block, on this rank's channels.
 
     Args:
         arch: says whether the projections have biases.
         shape: physical sizes.
         ops: kernels to compute with.
+        tp: who has the other channels.
     """
 
-    def __init__(self, arch: Architecture, shape: LayerShape, ops: Ops) -> None:
+    def __init__(self, arch: Architecture, shape: LayerShape, ops: Ops, tp: TensorParallel) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden, shape.ffn, bias=arch.mlp_bias)
-        self.up_proj = nn.Linear(shape.hidden, shape.ffn, bias=arch.mlp_bias)
-        self.down_proj = nn.Linear(shape.ffn, shape.hidden, bias=arch.mlp_bias)
+        self.gate_proj = ColumnParallelLinear(shape.hidden, shape.ffn, bias=arch.mlp_bias)
+        self.up_proj = ColumnParallelLinear(shape.hidden, shape.ffn, bias=arch.mlp_bias)
+        self.down_proj = RowParallelLinear(shape.ffn, shape.hidden, bias=arch.mlp_bias, tp=tp)
         self.ops = ops
+        self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]. Dead channels are zero in and out: silu(0) * 0 = 0."""
+        x = self.tp.enter(x)
         return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))

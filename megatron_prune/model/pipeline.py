@@ -10,13 +10,15 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megatron_prune.architecture import TensorSpec, tensor_specs
 from megatron_prune.model.attention import LayerShape, RMSNorm
-from megatron_prune.model.transformer import DecoderLayer, Embedding, LMHead
+from megatron_prune.model.transformer import DecoderLayer, LMHead, logits
 from megatron_prune.ops.dispatch import Ops
-from megatron_prune.parallel.partition import Partition, live
+from megatron_prune.parallel.layers import TensorParallel
+from megatron_prune.parallel.mesh import Mesh
+from megatron_prune.parallel.partition import DEAD, Partition, is_split, live
+from megatron_prune.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
 TIED_KEY = "embed_tokens"
 
@@ -40,10 +42,16 @@ class NamedParameter:
         """The live nn.Parameter; compaction replaces it, so it is looked up each time."""
         return cast(nn.Parameter, getattr(self.module, self.attribute))
 
+    @property
+    def is_stage_copy(self) -> bool:
+        """True for the last stage's copy of a tied embedding: the first stage's is the one to save and to count."""
+        return bool(getattr(self.parameter, "ds_pipe_replicated", False))
+
     def replace(self, value: Tensor) -> None:
-        """Put a new parameter of another shape in its place, carrying DeepSpeed's replication mark over."""
+        """Put a new parameter of another shape in its place, with the marks DeepSpeed's gradient norm goes by."""
         fresh = nn.Parameter(value)
-        fresh.ds_pipe_replicated = getattr(self.parameter, "ds_pipe_replicated", False)  # type: ignore[attr-defined]
+        fresh.ds_pipe_replicated = self.is_stage_copy  # type: ignore[attr-defined]
+        fresh.tensor_model_parallel = is_split(self.spec)  # type: ignore[attr-defined]
         setattr(self.module, self.attribute, fresh)
 
 
@@ -62,38 +70,48 @@ def layer_shapes(partition: Partition, tp_rank: int = 0) -> tuple[LayerShape, ..
     )
 
 
-def build_pipeline(partition: Partition, ops: Ops, data_parallel: int, recompute: bool) -> PipelineModule:
+def build_pipeline(
+    partition: Partition, ops: Ops, mesh: Mesh, *, sequence_parallel: bool, recompute: bool
+) -> PipelineModule:
     """Build this process's stage of the model.
 
     Args:
-        partition: physical sizes.
+        partition: physical sizes, for as many tensor-parallel ranks as the mesh has.
         ops: kernels.
-        data_parallel: number of copies.
+        mesh: the layout.
+        sequence_parallel: split the sequence over the tensor-parallel ranks between blocks.
         recompute: checkpoint the activations of every decoder layer.
 
     Returns:
         A module whose loss is the mean cross-entropy of ``[B, S]`` next tokens.
     """
     arch = partition.source
-    shapes = layer_shapes(partition)
+    shapes = layer_shapes(partition, mesh.tp_rank)
     hidden, live_hidden = shapes[0].hidden, shapes[0].live_hidden
-    layers: list[LayerSpec] = [LayerSpec(DecoderLayer, arch, shape, ops) for shape in shapes]
+    tp = TensorParallel(mesh.tp_rank, mesh.tp_size, mesh.tp_group, sequence_parallel)
+    tokens = partition.slots("vocab", None, mesh.tp_rank)
+    rows, first, valid = len(tokens), mesh.tp_rank * len(tokens), int((tokens != DEAD).sum())
+    layers: list[LayerSpec] = [LayerSpec(DecoderLayer, arch, shape, ops, tp) for shape in shapes]
     last_norm = LayerSpec(RMSNorm, hidden, live_hidden, arch.norm_eps, ops)
+    table = (rows, first, valid, hidden, tp)
     if arch.tie_embeddings:
-        embed = TiedLayerSpec(TIED_KEY, Embedding, arch.vocab_size, hidden)
-        head: LayerSpec = TiedLayerSpec(TIED_KEY, Embedding, arch.vocab_size, hidden, forward_fn=_tied_logits)
+        embed = TiedLayerSpec(TIED_KEY, VocabParallelEmbedding, *table)
+        head: LayerSpec = TiedLayerSpec(TIED_KEY, VocabParallelEmbedding, *table, forward_fn=logits)
     else:
-        embed = LayerSpec(Embedding, arch.vocab_size, hidden)
-        head = LayerSpec(LMHead, arch.vocab_size, hidden)
+        embed = LayerSpec(VocabParallelEmbedding, *table)
+        head = LayerSpec(LMHead, rows, hidden, tp)
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return ops.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    def loss(scores: Tensor, labels: Tensor) -> Tensor:
+        if tp.size == 1:
+            return ops.cross_entropy(scores.flatten(0, -2), labels.flatten())
+        return vocab_parallel_cross_entropy(scores.flatten(0, -2), labels.flatten(), first, valid, tp)
 
+    copies = mesh.world_size // (mesh.tp_size * mesh.pp_size)
     return PipelineModule(
         layers=[embed, *layers, last_norm, head],
-        topology=PipeModelDataParallelTopology(num_pp=1, num_mp=1, num_dp=data_parallel),
+        topology=PipeModelDataParallelTopology(num_pp=mesh.pp_size, num_mp=mesh.tp_size, num_dp=copies),
         loss_fn=loss,
-        partition_method="uniform",
+        partition_method=f"type:{DecoderLayer.__name__}",
         activation_checkpoint_interval=1 if recompute else 0,
         checkpointable_layers=[DecoderLayer.__name__],
     )
@@ -112,9 +130,9 @@ def named_parameters(pipeline: PipelineModule, partition: Partition) -> list[Nam
 
 
 @torch.no_grad()
-def follow_partition(pipeline: PipelineModule, partition: Partition) -> None:
+def follow_partition(pipeline: PipelineModule, partition: Partition, tp_rank: int) -> None:
     """Tell every module its sizes after the partition changed (logically or physically)."""
-    shapes = layer_shapes(partition)
+    shapes = layer_shapes(partition, tp_rank)
     for prefix, module in _stage_modules(pipeline, partition):
         if isinstance(module, DecoderLayer):
             module.set_shape(shapes[int(prefix.split(".")[2])])
@@ -137,7 +155,3 @@ def _stage_modules(pipeline: PipelineModule, partition: Partition) -> Iterator[t
             yield f"model.layers.{position - 1}.", module
         else:
             yield ("model.norm." if position == last_norm else "lm_head."), module
-
-
-def _tied_logits(embedding: Embedding, x: Tensor) -> Tensor:
-    return functional.linear(x, embedding.weight)

@@ -19,6 +19,8 @@ from megatron_prune.model.attention import Attention, LayerShape, RMSNorm
 from megatron_prune.model.mlp import MLP
 from megatron_prune.model.rope import RotaryTables
 from megatron_prune.ops.dispatch import Ops
+from megatron_prune.parallel.layers import TensorParallel
+from megatron_prune.parallel.vocab import VocabParallelEmbedding
 
 INIT_STD: Final = 0.02  # GPT-2's and Llama's initializer_range
 SEED_BYTES: Final = 7  # a 56-bit seed: torch generators take a signed 64-bit integer
@@ -26,28 +28,28 @@ SEED_BYTES: Final = 7  # a 56-bit seed: torch generators take a signed 64-bit in
 RESIDUAL_PROJECTIONS: Final = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
-class Embedding(nn.Module):
-    """Token embedding, ``weight`` [V, D]."""
-
-    def __init__(self, vocab_size: int, hidden: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Look up int64 [B, S]; returns [B, S, D] in the dtype of the weight."""
-        return functional.embedding(tokens, self.weight)
-
-
 class LMHead(nn.Module):
-    """Output projection, ``weight`` [V, D]; not built when the head is tied to the embedding."""
+    """Output projection to this rank's tokens, ``weight`` [rows, D]; a tied head is the embedding instead.
 
-    def __init__(self, vocab_size: int, hidden: int) -> None:
+    Args:
+        rows: physical rows of this rank.
+        hidden: D.
+        tp: who has the other tokens.
+    """
+
+    def __init__(self, rows: int, hidden: int, tp: TensorParallel) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden))
+        self.weight = nn.Parameter(torch.empty(rows, hidden))
+        self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, S, D] to logits [B, S, V]."""
-        return functional.linear(x, self.weight)
+        """Map [B, S, D] to logits [B, S, rows]."""
+        return logits(self, x)
+
+
+def logits(owner: LMHead | VocabParallelEmbedding, x: Tensor) -> Tensor:
+    """Logits [B, S, rows] of whatever owns the ``weight`` [rows, D]."""
+    return functional.linear(owner.tp.enter(x), owner.weight)
 
 
 class DecoderLayer(nn.Module):
@@ -57,15 +59,23 @@ class DecoderLayer(nn.Module):
         arch: what the model is.
         shape: physical sizes of this layer.
         ops: kernels to compute with.
+        tp: who has the other heads and channels.
         rotary: tables to share between layers; own ones when None.
     """
 
-    def __init__(self, arch: Architecture, shape: LayerShape, ops: Ops, rotary: RotaryTables | None = None) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        shape: LayerShape,
+        ops: Ops,
+        tp: TensorParallel,
+        rotary: RotaryTables | None = None,
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(shape.hidden, shape.live_hidden, arch.norm_eps, ops)
-        self.self_attn = Attention(arch, shape, ops)
+        self.self_attn = Attention(arch, shape, ops, tp)
         self.post_attention_layernorm = RMSNorm(shape.hidden, shape.live_hidden, arch.norm_eps, ops)
-        self.mlp = MLP(arch, shape, ops)
+        self.mlp = MLP(arch, shape, ops, tp)
         self.rotary = rotary or RotaryTables(arch)
 
     @property
@@ -80,9 +90,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm.live_width = shape.live_hidden
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, S, D] to [B, S, D]; positions are 0..S-1."""
-        cos, sin = self.rotary(x.shape[1], x.device, x.dtype)
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        """Map [B, S, D], or under sequence parallelism this rank's part of the sequence, to the same."""
+        x = x + self.self_attn(self.input_layernorm(x), self.rotary)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -99,9 +108,10 @@ class Decoder(nn.Module):
         super().__init__()
         assert len(shapes) == arch.num_layers, (len(shapes), arch.num_layers)
         assert len({(shape.hidden, shape.live_hidden) for shape in shapes}) == 1, "one stem runs through all layers"
-        rotary = RotaryTables(arch)
-        self.embed_tokens = Embedding(arch.vocab_size, shapes[0].hidden)
-        self.layers = nn.ModuleList([DecoderLayer(arch, shape, ops, rotary) for shape in shapes])
+        rotary, alone = RotaryTables(arch), TensorParallel()
+        vocab = arch.vocab_size
+        self.embed_tokens = VocabParallelEmbedding(vocab, 0, vocab, shapes[0].hidden, alone)
+        self.layers = nn.ModuleList([DecoderLayer(arch, shape, ops, alone, rotary) for shape in shapes])
         self.norm = RMSNorm(shapes[0].hidden, shapes[0].live_hidden, arch.norm_eps, ops)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -124,7 +134,7 @@ class CausalLM(nn.Module):
     def __init__(self, arch: Architecture, shapes: Sequence[LayerShape], ops: Ops) -> None:
         super().__init__()
         self.model = Decoder(arch, shapes, ops)
-        self.lm_head = None if arch.tie_embeddings else LMHead(arch.vocab_size, shapes[0].hidden)
+        self.lm_head = None if arch.tie_embeddings else LMHead(arch.vocab_size, shapes[0].hidden, TensorParallel())
 
     def set_shapes(self, shapes: Sequence[LayerShape]) -> None:
         """Follow new physical sizes in every layer and the last norm. The caller replaces the parameters."""
@@ -136,9 +146,7 @@ class CausalLM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map int64 [B, S] to logits [B, S, V] in the dtype of the weights."""
         x = self.model(tokens)
-        if self.lm_head is None:
-            return functional.linear(x, self.model.embed_tokens.weight)
-        return self.lm_head(x)
+        return logits(self.lm_head or self.model.embed_tokens, x)
 
 
 def initial_tensor(name: str, shape: Sequence[int], seed: int, num_layers: int) -> Tensor:

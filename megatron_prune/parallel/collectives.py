@@ -19,10 +19,28 @@ def all_reduce_sum_(tensor: Tensor, mesh: Mesh) -> None:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
 
 
-def sum_over_copies_(tensor: Tensor, mesh: Mesh) -> None:
-    """Sum a tensor over the data-parallel copies in place."""
-    if mesh.dp_size > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=mesh.dp_group)
+def sum_over_stage_(tensor: Tensor, mesh: Mesh) -> None:
+    """Sum a tensor over all copies and tensor-parallel ranks of this stage in place."""
+    if mesh.stage_group is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=mesh.stage_group)
+
+
+def sum_over_tensor_parallel_(tensor: Tensor, mesh: Mesh) -> None:
+    """Sum a tensor over the ranks that split this stage's layers in place."""
+    if mesh.tp_group is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=mesh.tp_group)
+
+
+def sum_to_main_(tensor: Tensor, mesh: Mesh) -> None:
+    """Sum a tensor over all processes in place; only the main one may read the result."""
+    if mesh.world_size > 1:
+        dist.reduce(tensor, dst=0, op=dist.ReduceOp.SUM)
+
+
+def sum_over_stages_(tensor: Tensor, mesh: Mesh) -> None:
+    """Sum a tensor over the pipeline's stages in place."""
+    if mesh.pp_group is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=mesh.pp_group)
 
 
 def largest(value: int, mesh: Mesh) -> int:
@@ -51,7 +69,7 @@ def gather(value: Any, mesh: Mesh) -> list[Any]:
 
 
 def agreed(decision: str, mesh: Mesh) -> str:
-    """The main process's decision, checked against this process's own.
+    """The main process's decision, broadcast and compared with this process's own by hash.
 
     Raises:
         MegatronPruneError: some process decided otherwise; both decisions are named.
@@ -59,14 +77,19 @@ def agreed(decision: str, mesh: Mesh) -> str:
     if mesh.world_size == 1:
         return decision
     chosen: str = from_main(decision, mesh)
-    mine = hashlib.sha256(decision.encode()).hexdigest()
-    for rank, theirs in enumerate(gather((mine, decision), mesh)):
-        if theirs[0] != hashlib.sha256(chosen.encode()).hexdigest():
-            raise MegatronPruneError(
-                f"ranks disagree: rank 0 chose {chosen}, rank {rank} chose {theirs[1]}; their weights, gradients or "
-                "run directories differ (--save must be shared by all nodes), resume from the last checkpoint"
-            )
+    differs = _digest(decision) != _digest(chosen)
+    if largest(int(differs), mesh):
+        decisions = gather(decision, mesh)
+        rank, other = next((rank, theirs) for rank, theirs in enumerate(decisions) if theirs != chosen)
+        raise MegatronPruneError(
+            f"ranks disagree: rank 0 chose {chosen}, rank {rank} chose {other}; their weights, gradients or run "
+            "directories differ (--save must be shared by all nodes), resume from the last checkpoint"
+        )
     return chosen
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def barrier(mesh: Mesh) -> None:

@@ -23,21 +23,36 @@ SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD
 class Mesh:
     """This process's place and its groups.
 
+    Ranks are laid out as DeepSpeed lays them out: stages outermost, then copies, then the tensor-parallel ranks of a
+    copy's stage side by side, where the network is fastest. A group of one process is None.
+
     Attributes:
         rank: global rank.
         world_size: number of processes.
+        tp_rank: position among the processes that split every layer of this stage.
+        tp_size: their number.
+        tp_group: these processes.
+        pp_rank: stage.
+        pp_size: number of stages.
+        pp_group: one process of every stage, with this copy and tensor-parallel rank.
         dp_rank: position among the data-parallel copies of this shard.
         dp_size: number of copies.
-        dp_group: the copies.
+        stage_group: all processes of this stage, copies and tensor-parallel ranks.
         control_group: all processes, on a backend that moves CPU tensors (flags, decisions, counters).
         device: where this process computes.
     """
 
     rank: int
     world_size: int
+    tp_rank: int
+    tp_size: int
+    tp_group: dist.ProcessGroup | None
+    pp_rank: int
+    pp_size: int
+    pp_group: dist.ProcessGroup | None
     dp_rank: int
     dp_size: int
-    dp_group: dist.ProcessGroup
+    stage_group: dist.ProcessGroup | None
     control_group: dist.ProcessGroup
     device: torch.device
 
@@ -84,20 +99,49 @@ def init_process_group() -> torch.device:
     return device
 
 
-def make_mesh(device: torch.device, dp_group: dist.ProcessGroup) -> Mesh:
-    """Describe this process; every process of the job calls it once, after the model's groups exist."""
+def make_mesh(device: torch.device, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Mesh:
+    """Arrange the job's processes; every one of them calls it, once.
+
+    Args:
+        device: of this process.
+        tensor_parallel: processes that split every layer.
+        pipeline_parallel: stages. What the two do not split are data-parallel copies.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    copies, rest = divmod(world_size, tensor_parallel * pipeline_parallel)
+    assert not rest, "validate_config was not called"
     on_cpu = device.type == "cpu"
     control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     assert control is not None
+    ranks = torch.arange(world_size).view(pipeline_parallel, copies, tensor_parallel)
+    pp_rank, dp_rank, tp_rank = (int(place) for place in (ranks == rank).nonzero()[0])
     return Mesh(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        dp_rank=dist.get_rank(dp_group),
-        dp_size=dist.get_world_size(dp_group),
-        dp_group=dp_group,
+        rank=rank,
+        world_size=world_size,
+        tp_rank=tp_rank,
+        tp_size=tensor_parallel,
+        tp_group=_own_group(ranks.flatten(0, 1), rank),
+        pp_rank=pp_rank,
+        pp_size=pipeline_parallel,
+        pp_group=_own_group(ranks.flatten(1, 2).T, rank),
+        dp_rank=dp_rank,
+        dp_size=copies,
+        stage_group=_own_group(ranks.flatten(1, 2), rank),
         control_group=control,
         device=device,
     )
+
+
+def _own_group(rows: torch.Tensor, rank: int) -> dist.ProcessGroup | None:
+    """Make a group of every row of ranks, on all processes in the same order, and return the one this rank is in."""
+    own = None
+    for members in rows.tolist():
+        if len(members) == 1:
+            continue
+        group = dist.new_group(members, timeout=COLLECTIVE_TIMEOUT)
+        if rank in members:
+            own = group
+    return own
 
 
 def _free_port() -> int:

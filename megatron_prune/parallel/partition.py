@@ -6,12 +6,14 @@ compaction makes a new Partition with fewer slots. Everything that moves tensors
 import, export) is a comparison of two such tables, which is why they agree with one another.
 
 Shapes: ``ffn``, ``heads`` and ``kv_heads`` hold one array ``[tensor_parallel, slots]`` per layer, ``stem`` one array
-``[slots]``: the stem is never split. Arrays are int64 and read-only.
+``[slots]``: the stem is never split. Arrays are int64 and read-only. A KV head whose queries live on several ranks has
+a slot on each of them; the lowest of these ranks is its *keeper*: it trains the head and the others follow.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,9 @@ from megatron_prune.architecture import Architecture, Axis, TensorSpec
 
 #: Marks a slot whose unit was removed; its weights and optimizer state are zero.
 DEAD = -1
+
+#: Axes that tensor parallelism splits; a tensor without any of them is whole on every rank.
+SPLIT_AXES: tuple[Axis, ...] = ("ffn", "heads", "kv_heads", "vocab")
 
 IntArray = npt.NDArray[np.int64]
 
@@ -45,23 +50,30 @@ class Partition:
     kv_heads: tuple[IntArray, ...]
 
     @classmethod
-    def of(cls, source: Architecture) -> Partition:
-        """The unpruned model on one tensor-parallel rank."""
-
-        def whole(size: int) -> IntArray:
-            return _frozen(np.arange(size)[None])
-
+    def of(cls, source: Architecture, tensor_parallel: int = 1) -> Partition:
+        """The unpruned model on so many tensor-parallel ranks."""
         layers = range(source.num_layers)
-        return cls(
+        whole = cls(
             source=source,
             stem=_frozen(np.arange(source.hidden_size)),
-            ffn=tuple(whole(source.ffn_hidden_size) for _ in layers),
-            heads=tuple(whole(source.num_attention_heads) for _ in layers),
-            kv_heads=tuple(whole(source.num_kv_heads(layer)) for layer in layers),
+            ffn=tuple(_frozen(np.arange(source.ffn_hidden_size)[None]) for _ in layers),
+            heads=tuple(_frozen(np.arange(source.num_attention_heads)[None]) for _ in layers),
+            kv_heads=tuple(_frozen(np.arange(source.num_kv_heads(layer))[None]) for layer in layers),
         )
+        return whole.spread(tensor_parallel)
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Ranks that share every layer."""
+        return int(self.ffn[0].shape[0])
 
     def architecture(self) -> Architecture:
         """The live model: what remains when every dead slot is taken away."""
+        return self._architecture
+
+    @functools.cached_property
+    def _architecture(self) -> Architecture:
+        # Asked for several times a step; the arrays never change.
         kv_groups = []
         for layer, slots in enumerate(self.heads):
             kv_of_head = np.asarray(self.source.kv_of_head(layer))[live(slots)]
@@ -75,32 +87,47 @@ class Partition:
         )
 
     def slots(self, axis: Axis, layer: int | None, tp_rank: int = 0) -> IntArray:
-        """Source unit of every physical slot of an axis on one tensor-parallel rank, ``[slots]``."""
+        """Source unit of every physical slot of an axis on one tensor-parallel rank, ``[slots]``.
+
+        The vocabulary is cut into equal runs of tokens; what the last ranks have beyond it is dead.
+        """
         if axis == "stem":
             return self.stem
-        if axis in ("vocab", "head_dim"):
-            return np.arange(self.source.axis_size(axis))
-        assert layer is not None
-        per_layer = {"ffn": self.ffn, "heads": self.heads, "kv_heads": self.kv_heads}[axis]
-        return per_layer[layer][tp_rank]
+        if axis == "head_dim":
+            return np.arange(self.source.head_dim)
+        if axis == "vocab":
+            rows = -(-self.source.vocab_size // self.tensor_parallel)
+            tokens = np.arange(tp_rank * rows, (tp_rank + 1) * rows)
+            return np.where(tokens < self.source.vocab_size, tokens, DEAD)
+        return self._per_layer(axis, layer)[tp_rank]
 
     def elements(self, axis: Axis, layer: int | None, tp_rank: int = 0) -> IntArray:
         """Source *element* of every physical element of a tensor dimension (a head spans ``head_dim`` elements)."""
+        return self._spread_heads(axis, self.slots(axis, layer, tp_rank))
+
+    def kept_elements(self, axis: Axis, layer: int | None, tp_rank: int = 0) -> IntArray:
+        """Like :meth:`elements`, DEAD also where a lower rank is the keeper of the unit."""
         slots = self.slots(axis, layer, tp_rank)
-        if axis not in ("heads", "kv_heads"):
-            return slots
-        width = self.source.head_dim
-        spread = slots[:, None] * width + np.arange(width)
-        return np.where(slots[:, None] == DEAD, DEAD, spread).reshape(-1)
+        if axis == "kv_heads":
+            lower = self._per_layer(axis, layer)[:tp_rank]
+            slots = np.where(np.isin(slots, lower), DEAD, slots)
+        return self._spread_heads(axis, slots)
+
+    def live_elements(self, axis: Axis, layer: int | None) -> IntArray:
+        """Source elements alive on any rank, ascending: element ``i`` of the logical dimension is the i-th of them."""
+        if axis == "stem":
+            return live(self.stem)
+        if axis in ("vocab", "head_dim"):
+            return np.arange(self.source.axis_size(axis))
+        return self._spread_heads(axis, np.unique(live(self._per_layer(axis, layer))))
 
     def shape(self, spec: TensorSpec, tp_rank: int = 0) -> tuple[int, ...]:
-        """Physical shape of a tensor on one tensor-parallel rank."""
+        """Physical shape of a tensor on one tensor-parallel rank; the same on all of them."""
         return tuple(len(self.elements(axis, spec.layer, tp_rank)) for axis in spec.axes)
 
-    def dead_slots(self) -> int:
-        """How many slots of any axis are dead padding."""
-        arrays = (self.stem, *self.ffn, *self.heads)
-        return int(sum((array == DEAD).sum() for array in arrays))
+    def logical_shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        """Shape of the live tensor, all ranks together."""
+        return tuple(len(self.live_elements(axis, spec.layer)) for axis in spec.axes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready placement (the source is recorded beside it, not in it)."""
@@ -124,31 +151,42 @@ class Partition:
         """True when both put every unit in the same slot."""
         return self.to_dict() == other.to_dict()
 
-    def compacted(self, quantum: int) -> Partition:
-        """Drop dead slots, keeping live ones in order and every width a multiple of the quantum.
+    def spread(self, tensor_parallel: int, quantum: int = 1) -> Partition:
+        """Deal the live units out afresh to so many ranks, no more dead padding than the widths need.
+
+        Units go to ranks in source order, counts differing by one at most; every rank gets the same width, a multiple
+        of the quantum (heads: of one). A KV head goes wherever one of its queries goes.
 
         Args:
-            quantum: alignment of ``stem`` and ``ffn`` in channels (``--prune-align``); heads keep no dead slot.
-
-        Returns:
-            A Partition of the same live units. Widths are padded with dead slots up to the next multiple of
-            ``quantum`` but never beyond what they are now.
+            tensor_parallel: ranks that share every layer.
+            quantum: alignment of ``stem`` and of a rank's ``ffn``, in channels (``--prune-align``).
         """
-
-        def shrink(array: IntArray, multiple: int) -> IntArray:
-            kept = array[array != DEAD]
-            width = min(-(-len(kept) // multiple) * multiple, len(array))
-            return np.concatenate([kept, np.full(width - len(kept), DEAD)])
-
-        def shrink_layers(layers: Sequence[IntArray], multiple: int) -> tuple[IntArray, ...]:
-            return tuple(_frozen(np.stack([shrink(row, multiple) for row in array])) for array in layers)
-
+        layers = range(self.source.num_layers)
+        ffn = [_dealt(live(self.ffn[layer]), tensor_parallel, quantum) for layer in layers]
+        heads = [_dealt(live(self.heads[layer]), tensor_parallel, 1) for layer in layers]
+        kv_heads = []
+        for layer in layers:
+            kv_of_head = np.asarray(self.source.kv_of_head(layer))
+            kv_heads.append(_stacked([np.unique(kv_of_head[live(row)]) for row in heads[layer]], 1))
         return dataclasses.replace(
             self,
-            stem=_frozen(shrink(self.stem, quantum)),
-            ffn=shrink_layers(self.ffn, quantum),
-            heads=shrink_layers(self.heads, 1),
-            kv_heads=shrink_layers(self.kv_heads, 1),
+            stem=_dealt(live(self.stem), 1, quantum)[0],
+            ffn=tuple(ffn),
+            heads=tuple(heads),
+            kv_heads=tuple(kv_heads),
+        )
+
+    def compacted(self, quantum: int) -> Partition:
+        """The same live units without superfluous dead slots: :meth:`spread` on as many ranks as now.
+
+        Widths of stem and FFN never grow: the source's own, which need be no multiple of the quantum, stay until a
+        multiple of it is reached.
+        """
+        after = self.spread(self.tensor_parallel, quantum)
+        return dataclasses.replace(
+            after,
+            stem=_frozen(after.stem[: len(self.stem)]),
+            ffn=tuple(_frozen(new[:, : old.shape[1]]) for old, new in zip(self.ffn, after.ffn, strict=True)),
         )
 
     def compaction_due(self, quantum: int) -> bool:
@@ -167,6 +205,22 @@ class Partition:
         heads = self.heads[layer][tp_rank].tolist()
         return tuple(DEAD if head == DEAD else position[kv_of_head[head]] for head in heads)
 
+    def _per_layer(self, axis: Axis, layer: int | None) -> IntArray:
+        assert layer is not None
+        return {"ffn": self.ffn, "heads": self.heads, "kv_heads": self.kv_heads}[axis][layer]
+
+    def _spread_heads(self, axis: Axis, slots: IntArray) -> IntArray:
+        if axis not in ("heads", "kv_heads"):
+            return slots
+        width = self.source.head_dim
+        spread = slots[:, None] * width + np.arange(width)
+        return np.where(slots[:, None] == DEAD, DEAD, spread).reshape(-1)
+
+
+def is_split(spec: TensorSpec) -> bool:
+    """True when every tensor-parallel rank holds its own part of the tensor, not a copy."""
+    return any(axis in SPLIT_AXES for axis in spec.axes)
+
 
 def live(array: IntArray) -> IntArray:
     """The source units a slot array holds, in ascending order, dead slots left out."""
@@ -174,20 +228,14 @@ def live(array: IntArray) -> IntArray:
     return np.sort(flat[flat != DEAD])
 
 
-def live_positions(elements: IntArray) -> IntArray:
-    """For every physical element its position among the live ones in source order, or DEAD.
-
-    This is the index that turns a live (logical) tensor dimension into the physical one.
-    """
-    return np.where(elements == DEAD, DEAD, np.searchsorted(live(elements), elements))
+def _dealt(units: IntArray, ranks: int, quantum: int) -> IntArray:
+    return _stacked(np.array_split(units, ranks), quantum)
 
 
-def moved(old: IntArray, new: IntArray) -> IntArray:
-    """For every physical element of ``new`` the element of ``old`` that holds the same source element, or DEAD."""
-    position = np.full(int(max(old.max(), new.max(), 0)) + 1, DEAD)
-    alive = old != DEAD
-    position[old[alive]] = np.nonzero(alive)[0]
-    return np.where(new == DEAD, DEAD, position[new])
+def _stacked(rows: Sequence[IntArray], quantum: int) -> IntArray:
+    """Rows of different length as one array, padded with dead slots to the next multiple of the quantum."""
+    width = -(-max(len(row) for row in rows) // quantum) * quantum
+    return _frozen(np.stack([np.concatenate([row, np.full(width - len(row), DEAD)]) for row in rows]))
 
 
 def _frozen(array: npt.NDArray[Any]) -> IntArray:

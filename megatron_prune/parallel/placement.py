@@ -1,84 +1,157 @@
-"""Move tensors between the logical (live) model and a Partition, or between two Partitions.
+"""Move tensors between the logical (live) model and the physical fragments that ranks hold of it.
 
-One routine serves import, export, compaction and resume: take the elements that stay, put them where the new table
-says, and fill dead padding with zeros.
+One pair of functions serves import, export, compaction and resume: :func:`deposit_` puts a rank's fragment into the
+logical tensor, :func:`take` cuts a rank's fragment out of it, dead padding zero. A *fragment* is a contiguous run of
+the flattened physical tensor of one tensor-parallel rank; a whole tensor is the fragment that starts at 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_prune.architecture import TensorSpec
-from megatron_prune.parallel.partition import DEAD, IntArray, Partition, live_positions, moved
+from megatron_prune.parallel.partition import DEAD, IntArray, Partition, is_split
 
 
-def place(logical: Tensor, spec: TensorSpec, partition: Partition, tp_rank: int = 0) -> Tensor:
-    """Live (logical) tensor -> physical tensor of one rank, dead padding zero.
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A rectangle of a matrix that is contiguous in a flat fragment of it.
+
+    Attributes:
+        rows: of the matrix.
+        columns: of the matrix; all of them unless the block is one row.
+        flat: where the fragment holds it.
+    """
+
+    rows: slice
+    columns: slice
+    flat: slice
+
+    def view(self, fragment: Tensor) -> Tensor:
+        """The block's part of a fragment, ``[rows, columns]``."""
+        return fragment[self.flat].view(self.rows.stop - self.rows.start, self.columns.stop - self.columns.start)
+
+
+def blocks(start: int, numel: int, width: int) -> Iterator[Block]:
+    """Cut a flat fragment of a matrix into at most three rectangles: a row's tail, whole rows, a row's head.
+
+    Args:
+        start: position of the fragment's first element in the flattened matrix.
+        numel: its length.
+        width: columns of the matrix; 1 for a vector.
+    """
+    position = 0
+    while position < numel:
+        row, column = divmod(start + position, width)
+        whole_rows = (numel - position) // width
+        if column or not whole_rows:
+            length = min(width - column, numel - position)
+            yield Block(slice(row, row + 1), slice(column, column + length), slice(position, position + length))
+        else:
+            length = whole_rows * width
+            yield Block(slice(row, row + whole_rows), slice(0, width), slice(position, position + length))
+        position += length
+
+
+def take(logical: Tensor, spec: TensorSpec, partition: Partition, tp_rank: int, start: int, numel: int) -> Tensor:
+    """A rank's fragment of a logical tensor.
 
     Args:
         logical: the live tensor, units in ascending source order.
         spec: which tensor it is.
         partition: where its units go.
-        tp_rank: whose shard to build.
-
-    Returns:
-        A new tensor of ``partition.shape(spec, tp_rank)``, same dtype.
-    """
-    columns = [live_positions(partition.elements(axis, spec.layer, tp_rank)) for axis in spec.axes]
-    return _take(logical, columns)
-
-
-def extract(physical: Tensor, spec: TensorSpec, partition: Partition, tp_rank: int = 0) -> Tensor:
-    """Physical tensor -> live (logical) tensor, units in ascending source order. Inverse of :func:`place`."""
-    for dim, axis in enumerate(spec.axes):
-        elements = partition.elements(axis, spec.layer, tp_rank)
-        alive = np.nonzero(elements != DEAD)[0]
-        order = alive[np.argsort(elements[alive], kind="stable")]
-        physical = _select(physical, dim, order)
-    return physical
-
-
-def move(physical: Tensor, spec: TensorSpec, old: Partition, new: Partition, tp_rank: int = 0) -> Tensor:
-    """Physical tensor under ``old`` -> physical tensor under ``new`` (a subset of the same units)."""
-    columns = [
-        moved(old.elements(axis, spec.layer, tp_rank), new.elements(axis, spec.layer, tp_rank)) for axis in spec.axes
-    ]
-    return _take(physical, columns)
-
-
-def live_mask(spec: TensorSpec, partition: Partition, start: int, numel: int, tp_rank: int = 0) -> Tensor:
-    """Which elements of a flat fragment belong to live units.
-
-    Args:
+        tp_rank: whose physical tensor.
         start: first element of the fragment in the flattened physical tensor.
         numel: length of the fragment.
 
     Returns:
-        Bool tensor ``[numel]``.
+        ``[numel]`` of the same dtype, zero where a slot is dead. A copied KV head is there for every rank that has it.
     """
-    alive = [torch.from_numpy(partition.elements(axis, spec.layer, tp_rank) != DEAD) for axis in spec.axes]
-    if len(alive) == 1:
-        return alive[0][start : start + numel]
-    rows, columns = alive
-    first, last = start // len(columns), -(-(start + numel) // len(columns))
-    block = (rows[first:last, None] & columns[None]).reshape(-1)
-    offset = start - first * len(columns)
-    return block[offset : offset + numel]
+    rows, columns = _positions(spec, partition, tp_rank, kept=False)
+    matrix = logical if logical.dim() == 2 else logical[:, None]
+    fragment = torch.zeros(numel, dtype=logical.dtype, device=logical.device)
+    for block in blocks(start, numel, len(columns)):
+        row, column = rows[block.rows], columns[block.columns]
+        alive = _select(_select(matrix, 0, row[row != DEAD]), 1, column[column != DEAD])
+        _put(block.view(fragment), row != DEAD, column != DEAD, alive)
+    return fragment
 
 
-def _take(tensor: Tensor, columns: Sequence[IntArray]) -> Tensor:
-    for dim, index in enumerate(columns):
-        if len(index) == tensor.shape[dim] and np.array_equal(index, np.arange(len(index))):
-            continue  # untouched dimension: no copy
-        tensor = _select(tensor, dim, np.where(index == DEAD, 0, index))
-        if (index == DEAD).any():
-            tensor.index_fill_(dim, torch.from_numpy(np.nonzero(index == DEAD)[0]).to(tensor.device), 0)
-    return tensor.contiguous()
+def deposit_(
+    logical: Tensor, fragment: Tensor, spec: TensorSpec, partition: Partition, tp_rank: int, start: int
+) -> None:
+    """Write into a logical tensor what a rank's fragment keeps of it, in place.
+
+    Every live element has one keeper: of a copied KV head, and of a tensor that is whole on every rank, the lowest
+    rank. So the fragments of all ranks, deposited into zeros and added up, give the tensor.
+
+    Args:
+        logical: ``partition.logical_shape(spec)``.
+        fragment: ``[numel]``.
+        spec: which tensor it is.
+        partition: where its units are.
+        tp_rank: whose fragment.
+        start: position of its first element in the flattened physical tensor.
+    """
+    rows, columns = _positions(spec, partition, tp_rank, kept=True)
+    matrix = logical if logical.dim() == 2 else logical[:, None]
+    for block in blocks(start, fragment.numel(), len(columns)):
+        row, column = rows[block.rows], columns[block.columns]
+        alive = _select(_select(block.view(fragment), 0, np.nonzero(row != DEAD)[0]), 1, np.nonzero(column != DEAD)[0])
+        where = np.ix_(row[row != DEAD], column[column != DEAD])
+        matrix[tuple(torch.from_numpy(index).to(matrix.device) for index in where)] = alive
 
 
-def _select(tensor: Tensor, dim: int, index: IntArray) -> Tensor:
-    return tensor.index_select(dim, torch.from_numpy(np.ascontiguousarray(index)).to(tensor.device))
+def place(logical: Tensor, spec: TensorSpec, partition: Partition, tp_rank: int = 0) -> Tensor:
+    """Logical tensor -> a rank's whole physical tensor, dead padding zero."""
+    shape = partition.shape(spec, tp_rank)
+    return take(logical, spec, partition, tp_rank, 0, int(np.prod(shape))).view(shape)
+
+
+def extract(physical: Tensor, spec: TensorSpec, partition: Partition) -> Tensor:
+    """Whole physical tensor of an unsplit model -> logical tensor. Inverse of :func:`place`."""
+    assert partition.tensor_parallel == 1, "one rank of several does not hold the whole tensor"
+    logical = physical.new_zeros(partition.logical_shape(spec))
+    deposit_(logical, physical.reshape(-1), spec, partition, 0, 0)
+    return logical
+
+
+def kept_mask(spec: TensorSpec, partition: Partition, tp_rank: int, start: int, numel: int) -> Tensor:
+    """Which elements of a flat fragment this rank is the keeper of: bool ``[numel]``. See :func:`deposit_`."""
+    rows, columns = _positions(spec, partition, tp_rank, kept=True)
+    mask = torch.zeros(numel, dtype=torch.bool)
+    for block in blocks(start, numel, len(columns)):
+        kept = (rows[block.rows, None] != DEAD) & (columns[None, block.columns] != DEAD)
+        mask[block.flat] = torch.from_numpy(kept.reshape(-1))
+    return mask
+
+
+def _positions(spec: TensorSpec, partition: Partition, tp_rank: int, kept: bool) -> tuple[IntArray, IntArray]:
+    """Of every physical row and column its position in the logical tensor, or DEAD; one column for a vector."""
+    found = []
+    for axis in spec.axes:
+        elements = (partition.kept_elements if kept else partition.elements)(axis, spec.layer, tp_rank)
+        if kept and tp_rank and not is_split(spec):
+            elements = np.full_like(elements, DEAD)
+        alive = partition.live_elements(axis, spec.layer)
+        found.append(np.where(elements == DEAD, DEAD, np.searchsorted(alive, elements)))
+    return found[0], found[1] if len(found) == 2 else np.zeros(1, dtype=np.int64)
+
+
+def _select(matrix: Tensor, dim: int, index: IntArray) -> Tensor:
+    if len(index) == matrix.shape[dim] and np.array_equal(index, np.arange(len(index))):
+        return matrix  # nothing to leave out: no copy
+    return matrix.index_select(dim, torch.from_numpy(np.ascontiguousarray(index)).to(matrix.device))
+
+
+def _put(target: Tensor, rows: np.ndarray, columns: np.ndarray, values: Tensor) -> None:
+    if rows.all() and columns.all():
+        target.copy_(values)
+        return
+    where = np.ix_(np.nonzero(rows)[0], np.nonzero(columns)[0])
+    target[tuple(torch.from_numpy(index).to(target.device) for index in where)] = values

@@ -14,7 +14,7 @@ StateKind = Literal["master", "exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[StateKind, ...] = ("exp_avg", "exp_avg_sq")
 STATE_KINDS: tuple[StateKind, ...] = ("master", *MOMENTS)
 
-#: Gives the whole physical fp32 tensor of one state; called on every rank in the same order.
+#: Gives the logical (live) fp32 tensor of one state; called for this rank's tensors in model order.
 StateSource = Callable[[TensorSpec, StateKind], Tensor]
 
 

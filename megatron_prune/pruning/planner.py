@@ -6,7 +6,7 @@ Every function is pure and every rank that calls it with the same vectors gets t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -70,17 +70,29 @@ def width(kind: GroupType, arch: Architecture) -> int:
     return {"attention": arch.num_attention_heads, "ffn": arch.ffn_hidden_size, "stem": arch.hidden_size}[kind]
 
 
-def cheapest_groups(vectors: SaliencyVectors) -> dict[GroupType, tuple[MiniGroup, float]]:
-    """The least salient group of each type and the sum of its element scores over all layers.
+def layer_minima(vectors: SaliencyVectors) -> FloatArray:
+    """The least salient head and FFN channel of every layer; ties go to the lowest index.
 
-    Ties go to the lowest index.
+    Returns:
+        fp64 ``[layers, 4]``: head, its score, channel, its score.
     """
     heads, ffn = vectors.heads.argmin(axis=1), vectors.ffn.argmin(axis=1)
-    stem = int(vectors.stem.argmin())
+    return np.stack([heads, vectors.heads.min(axis=1), ffn, vectors.ffn.min(axis=1)], axis=1).astype(np.float64)
+
+
+def cheapest_groups(minima: FloatArray, stem: FloatArray) -> dict[GroupType, tuple[MiniGroup, float]]:
+    """The least salient group of each type and the sum of its element scores over all layers.
+
+    Args:
+        minima: see :func:`layer_minima`; of all layers.
+        stem: ``[source hidden]``.
+    """
+    channel = int(stem.argmin())
+    heads, head_scores, ffn, ffn_scores = minima.T
     return {
-        "attention": (MiniGroup("attention", tuple(int(i) for i in heads)), float(vectors.heads.min(axis=1).sum())),
-        "ffn": (MiniGroup("ffn", tuple(int(i) for i in ffn)), float(vectors.ffn.min(axis=1).sum())),
-        "stem": (MiniGroup("stem", stem), float(vectors.stem[stem])),
+        "attention": (MiniGroup("attention", tuple(int(i) for i in heads)), float(head_scores.sum())),
+        "ffn": (MiniGroup("ffn", tuple(int(i) for i in ffn)), float(ffn_scores.sum())),
+        "stem": (MiniGroup("stem", channel), float(stem[channel])),
     }
 
 
@@ -94,7 +106,13 @@ def group_sizes(arch: Architecture) -> dict[GroupType, int]:
     }
 
 
-def choose(vectors: SaliencyVectors, partition: Partition, budget: Budget, norm: SaliencyNorm) -> Decision | None:
+def choose(
+    vectors: SaliencyVectors,
+    partition: Partition,
+    budget: Budget,
+    norm: SaliencyNorm,
+    gather: Callable[[FloatArray], FloatArray] = lambda minima: minima,
+) -> Decision | None:
     """Pick the least salient admissible group.
 
     Args:
@@ -103,12 +121,13 @@ def choose(vectors: SaliencyVectors, partition: Partition, budget: Budget, norm:
         budget: targets, floors and admissible types.
         norm: ``mean`` compares mean scores per scored element (what the paper's Figure 5 shows), ``sum`` raw sums,
             ``params`` sums per removed parameter.
+        gather: takes the minima of which only this stage's layers are true, gives those of all layers.
 
     Returns:
         The decision, or None when no type may be removed.
     """
     arch = partition.architecture()
-    cheapest = cheapest_groups(vectors)
+    cheapest = cheapest_groups(gather(layer_minima(vectors)), vectors.stem)
     present = [kind for kind in GROUP_TYPES if width(kind, arch) > 1]
     after = {kind: remove(partition, cheapest[kind][0]) for kind in present}
     cost = {kind: arch.num_parameters() - after[kind].architecture().num_parameters() for kind in present}

@@ -8,7 +8,7 @@ of all ranks add up, so only vectors travel.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_prune.architecture import TensorSpec
-from megatron_prune.parallel.partition import DEAD, IntArray, Partition
+from megatron_prune.parallel.partition import DEAD, IntArray, Partition, live
+from megatron_prune.parallel.placement import blocks
 from megatron_prune.pruning.metrics import Metric, elementwise
 
 FloatArray = npt.NDArray[np.float64]
@@ -39,6 +40,23 @@ class Fragment:
     grad: Tensor
     start: int
     shape: tuple[int, int]
+
+
+def _alone(vector: Tensor) -> None:
+    """The sum over a group of one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """In-place sums of fp64 vectors over processes; by default there is only this one.
+
+    Attributes:
+        over_stage: over the copies and tensor-parallel ranks of this pipeline stage.
+        over_all: over all processes.
+    """
+
+    over_stage: Callable[[Tensor], None] = _alone
+    over_all: Callable[[Tensor], None] = _alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,23 +92,12 @@ def fragment_sums(scores: Tensor, start: int, shape: tuple[int, int]) -> tuple[T
     Returns:
         ``rows [shape[0]]`` and ``columns [shape[1]]``, zero where the fragment does not reach.
     """
-    num_rows, width = shape
-    rows = torch.zeros(num_rows, dtype=torch.float64, device=scores.device)
-    columns = torch.zeros(width, dtype=torch.float64, device=scores.device)
-    position = 0
-    while position < scores.numel():
-        row, column = divmod(start + position, width)
-        if column or scores.numel() - position < width:  # a row the fragment only partly covers
-            piece = scores[position : position + width - column]
-            rows[row] += piece.sum(dtype=torch.float64)
-            columns[column : column + piece.numel()] += piece
-            position += piece.numel()
-            continue
-        count = (scores.numel() - position) // width
-        block = scores[position : position + count * width].view(count, width)
-        rows[row : row + count] += block.sum(1, dtype=torch.float64)
-        columns += block.sum(0, dtype=torch.float64)
-        position += count * width
+    rows = torch.zeros(shape[0], dtype=torch.float64, device=scores.device)
+    columns = torch.zeros(shape[1], dtype=torch.float64, device=scores.device)
+    for block in blocks(start, scores.numel(), shape[1]):
+        values = block.view(scores)
+        rows[block.rows] += values.sum(1, dtype=torch.float64)
+        columns[block.columns] += values.sum(0, dtype=torch.float64)
     return rows, columns
 
 
@@ -99,44 +106,56 @@ def accumulate(
     fragments: Iterable[Fragment],
     partition: Partition,
     metric: Metric,
-    all_reduce: Callable[[Tensor], None],
+    layers: Sequence[int],
+    sums: Sums,
     device: torch.device,
     tp_rank: int = 0,
 ) -> SaliencyVectors:
     """Score the fragments this rank owns and add up all ranks.
 
+    Two vectors of fp64 travel: live heads and channels of this stage's layers within the stage, the stem over all.
+
     Args:
-        fragments: this rank's pieces of ``o_proj`` and ``down_proj`` of any layers.
+        fragments: this rank's pieces of ``o_proj`` and ``down_proj`` of any layers of its stage.
         partition: the placement the fragments are in.
         metric: ``taylor`` or ``magnitude``.
-        all_reduce: sums an fp64 vector over all ranks in place.
+        layers: of this stage.
+        sums: over the processes.
         device: where the sums are formed.
         tp_rank: whose slots the fragments use.
 
     Returns:
-        The same vectors on every rank.
+        The stem is the same on every rank; heads and channels are those of this stage's layers, the same on all of
+        its ranks, and zero for other layers.
     """
     source, score = partition.source, elementwise(metric)
     heads = torch.zeros(source.num_layers, source.num_attention_heads, dtype=torch.float64, device=device)
     ffn = torch.zeros(source.num_layers, source.ffn_hidden_size, dtype=torch.float64, device=device)
-    stem = torch.zeros(source.hidden_size, dtype=torch.float64, device=device)
+    stem = torch.zeros(len(partition.stem), dtype=torch.float64, device=device)
     for fragment in fragments:
         layer = fragment.spec.layer
         assert layer is not None
         rows, columns = fragment_sums(score(fragment.weight, fragment.grad), fragment.start, fragment.shape)
-        _scatter(stem, partition.stem, rows)
+        stem += rows
         if fragment.spec.axes[1] == "heads":
             per_head = columns.view(-1, source.head_dim).sum(1)
             _scatter(heads[layer], partition.slots("heads", layer, tp_rank), per_head)
         else:
             _scatter(ffn[layer], partition.slots("ffn", layer, tp_rank), columns)
-    packed = torch.cat([heads.flatten(), ffn.flatten(), stem])
-    all_reduce(packed)
-    split = packed.cpu().split([heads.numel(), ffn.numel(), stem.numel()])
+    alive = [(ffn[layer], live(partition.ffn[layer])) for layer in layers]
+    alive += [(heads[layer], live(partition.heads[layer])) for layer in layers]
+    packed = torch.cat([vector[torch.from_numpy(units).to(device)] for vector, units in alive])
+    sums.over_stage(packed)
+    for (vector, units), values in zip(alive, packed.split([len(units) for _, units in alive]), strict=True):
+        vector[torch.from_numpy(units).to(device)] = values
+    sums.over_all(stem)
+    by_channel = np.zeros(source.hidden_size)
+    by_channel[live(partition.stem)] = stem.cpu().numpy()[_in_order(partition.stem)]
     return mask_removed(
-        SaliencyVectors(split[0].view(heads.shape).numpy(), split[1].view(ffn.shape).numpy(), split[2].numpy()),
+        SaliencyVectors(heads.cpu().numpy(), ffn.cpu().numpy(), by_channel),
         partition,
-        finite=bool(torch.isfinite(packed).all()),
+        # Every element is in some row, dead slots included: this one sum tells of all, and is equal on every rank.
+        finite=bool(torch.isfinite(stem).all()),
     )
 
 
@@ -170,6 +189,12 @@ def mask_removed(vectors: SaliencyVectors, partition: Partition, finite: bool = 
         stem=masked(vectors.stem, partition.stem),
         finite=finite,
     )
+
+
+def _in_order(slots: IntArray) -> IntArray:
+    """Positions of the live slots in the order of their units."""
+    alive = np.nonzero(slots != DEAD)[0]
+    return alive[np.argsort(slots[alive])]
 
 
 def _scatter(target: Tensor, slots: IntArray, values: Tensor) -> None:

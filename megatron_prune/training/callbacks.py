@@ -17,7 +17,6 @@ from megatron_prune.checkpoint.store import SOURCE_DIR, save_checkpoint
 from megatron_prune.config.values import parse_count
 from megatron_prune.errors import MegatronPruneError
 from megatron_prune.parallel.collectives import barrier
-from megatron_prune.parallel.placement import extract
 from megatron_prune.pruning.ledger import Event, shape_of
 from megatron_prune.training.console import Status
 from megatron_prune.training.loop import StepRecord, Trainer
@@ -150,9 +149,9 @@ class Exports(_Callback):
         partition = trainer.engine.partition
         tensors = {}
         for spec in tensor_specs(partition.source):  # a collective: every rank asks, the main one keeps
-            whole = trainer.engine.whole_master(spec)
+            whole = trainer.engine.master_on_main(spec)
             if trainer.mesh.is_main:
-                tensors[spec.name] = extract(whole, spec, partition).cpu()
+                tensors[spec.name] = whole.cpu()
         if trainer.mesh.is_main:
             self._reporter.event({"step": trainer.progress.step, **self._write(trainer, name, tensors)})
         barrier(trainer.mesh)

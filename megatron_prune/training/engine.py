@@ -24,10 +24,11 @@ from torch import Tensor
 from megatron_prune.architecture import TensorSpec
 from megatron_prune.model.pipeline import NamedParameter, follow_partition, named_parameters
 from megatron_prune.ops.optimizer import Adam
-from megatron_prune.parallel.collectives import sum_over_copies_
+from megatron_prune.parallel.collectives import sum_over_stage_, sum_to_main_
 from megatron_prune.parallel.mesh import Mesh
-from megatron_prune.parallel.partition import Partition
-from megatron_prune.parallel.placement import move
+from megatron_prune.parallel.partition import Partition, is_split
+from megatron_prune.parallel.placement import deposit_, place, take
+from megatron_prune.parallel.shared import SharedRows, follow_keepers_, shared_rows, sum_gradients_
 from megatron_prune.parallel.states import MOMENTS, STATE_KINDS, StateFragment, StateKind, StateSource
 from megatron_prune.pruning.saliency import Fragment, is_output_matrix
 from megatron_prune.pruning.surgery import dead_elements, zero_fragment_, zero_tensor_
@@ -68,6 +69,7 @@ class PruningEngine:
         adam: optimizer settings.
         mesh: groups.
         precision: dtype of the model's own weights.
+        sequence_parallel: as the pipeline was built.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class PruningEngine:
         adam: AdamSettings,
         mesh: Mesh,
         precision: torch.dtype,
+        sequence_parallel: bool,
     ) -> None:
         self.partition = partition
         self._pipeline = pipeline
@@ -85,10 +88,12 @@ class PruningEngine:
         self._adam = adam
         self._mesh = mesh
         self._precision = precision
+        self._sequence_parallel = sequence_parallel
         self._before_step: Callable[[], None] | None = None
         self._engine: Any = None
         self._has_moments = False
         self._parameters: list[NamedParameter] = []
+        self._shared: list[tuple[SharedRows, NamedParameter]] = []
 
     # -- start, compact, resume -------------------------------------------------------------------------------------
 
@@ -96,17 +101,17 @@ class PruningEngine:
         """Give the module parameters of the partition's sizes, start an engine and fill its optimizer.
 
         Args:
-            partition: placement of the states.
+            partition: the new placement.
             states: where master weights (and, after the first step, moments) come from.
             adam_steps: optimizer steps the moments have seen; 0 leaves them fresh.
         """
         self.partition = partition
         self._parameters = named_parameters(self._pipeline, partition)
         for entry in self._parameters:
-            master = states(entry.spec, "master")
-            assert master.shape == partition.shape(entry.spec), (entry.spec.name, master.shape)
-            entry.replace(master.to(self._mesh.device, self._precision))
-        follow_partition(self._pipeline, partition)
+            master = states(entry.spec, "master").to(self._mesh.device)
+            entry.replace(place(master, entry.spec, partition, self._mesh.tp_rank).to(self._precision))
+        follow_partition(self._pipeline, partition, self._mesh.tp_rank)
+        self._find_shared_rows()
         self._engine = self._initialize()
         self._has_moments = False
         if adam_steps:
@@ -118,20 +123,20 @@ class PruningEngine:
     def compact(self, partition: Partition, adam_steps: int) -> None:
         """Move to a partition with fewer slots, keeping every live weight, master and moment.
 
-        No rank holds more than its own old and new fragments plus one whole parameter.
+        Units may change their tensor-parallel rank. A rank holds its own old and new fragments and, one at a time, a
+        whole logical tensor that the ranks of its stage add up.
         """
-        old = self.partition
-        fragments = {(f.spec.name, f.kind): (f.start, f.values.clone()) for f in self.state_fragments()}
+        old, tp_rank = self.partition, self._mesh.tp_rank
+        fragments = {(f.spec.name, f.kind): f for _, f in self._fragments()}
         self._stop()
 
         def states(spec: TensorSpec, kind: StateKind) -> Tensor:
-            shape = old.shape(spec)
-            whole = torch.zeros(shape, dtype=torch.float32, device=self._mesh.device)
-            if (spec.name, kind) in fragments:
-                start, values = fragments[spec.name, kind]
-                whole.view(-1)[start : start + values.numel()] = values
-            sum_over_copies_(whole, self._mesh)
-            return move(whole, spec, old, partition)
+            whole = torch.zeros(old.logical_shape(spec), dtype=torch.float32, device=self._mesh.device)
+            own = fragments.get((spec.name, kind))
+            if own is not None:
+                deposit_(whole, own.values, spec, old, tp_rank, own.start)
+            sum_over_stage_(whole, self._mesh)
+            return whole
 
         self.start(partition, states, adam_steps)
 
@@ -154,11 +159,35 @@ class PruningEngine:
             take_step(lr_kwargs)
 
         engine._take_model_step = step_with_hook
+        for name in ("allreduce_gradients", "_bf16_reduce_grads"):  # before the sum over copies; one per optimizer
+            setattr(engine, name, self._after_shared_sums(getattr(engine, name)))
         return engine
+
+    def _after_shared_sums(self, reduce: Callable[..., None]) -> Callable[..., None]:
+        def reduce_all(*args: Any, **kwargs: Any) -> None:
+            if self._shared:
+                sum_gradients_([(rows, self._gradient(entry)) for rows, entry in self._shared], self._mesh)
+            reduce(*args, **kwargs)
+
+        return reduce_all
+
+    def _gradient(self, entry: NamedParameter) -> Tensor:
+        """The fp32 gradient of a parameter summed over micro-batches, before the copies are added up."""
+        parameter: Any = entry.parameter
+        grad: Tensor = parameter._hp_grad if self._engine.using_bf16_optimizer else parameter.grad
+        return grad
+
+    def _find_shared_rows(self) -> None:
+        found = [
+            (shared_rows(entry.spec, self.partition, self._mesh, self._sequence_parallel), entry)
+            for entry in self._parameters
+        ]
+        self._shared = [(rows, entry) for rows, entry in found if rows is not None]
 
     def _stop(self) -> None:
         self._engine.destroy()
-        del self._engine._take_model_step  # the wrapper's closure would keep the engine alive
+        # The wrappers' closures would keep the engine alive.
+        del self._engine._take_model_step, self._engine.allreduce_gradients, self._engine._bf16_reduce_grads
         self._engine = None
         for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks"):
             getattr(self._pipeline, hooks).clear()
@@ -172,17 +201,25 @@ class PruningEngine:
 
     # -- optimizer memory -------------------------------------------------------------------------------------------
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers of this stage."""
+        return tuple(sorted({e.spec.layer for e in self._parameters if e.spec.layer is not None}))
+
     def state_fragments(self) -> Iterator[StateFragment]:
-        """This rank's pieces of every state, in model order. Moments appear after the first step."""
+        """This rank's pieces of every state, in model order, a tied head left out. Moments appear after a step."""
+        return (fragment for entry, fragment in self._fragments() if not entry.is_stage_copy)
+
+    def _fragments(self) -> Iterator[tuple[NamedParameter, StateFragment]]:
         for entry in self._parameters:
             mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:  # this rank owns no part of it
                 continue
             start = mapping.lp_fragment_address.start
-            yield StateFragment(entry.spec, "master", start, mapping.get_hp_fragment().detach())
+            yield entry, StateFragment(entry.spec, "master", start, mapping.get_hp_fragment().detach())
             for kind in MOMENTS:
                 if self._has_moments:
-                    yield StateFragment(entry.spec, kind, start, mapping.get_hp_fragment(kind))
+                    yield entry, StateFragment(entry.spec, kind, start, mapping.get_hp_fragment(kind))
 
     def output_fragments(self) -> Iterator[Fragment]:
         """Weights and gradients of ``o_proj`` and ``down_proj`` this rank owns; only inside ``before_step``."""
@@ -201,27 +238,28 @@ class PruningEngine:
     def remove(self, after: Partition) -> None:
         """Zero every unit that ``after`` no longer holds, in weights, masters and moments."""
         by_name: dict[str, list[tuple[int, Any]]] = {}
-        for spec, dim, index in dead_elements(self.partition, after):
+        for spec, dim, index in dead_elements(self.partition, after, self._mesh.tp_rank):
             by_name.setdefault(spec.name, []).append((dim, index))
         for entry in self._parameters:
             for dim, index in by_name.get(entry.spec.name, ()):
                 zero_tensor_(entry.parameter, dim, index)
-        for fragment in self.state_fragments():
+        for _, fragment in self._fragments():
             for dim, index in by_name.get(fragment.spec.name, ()):
-                shape = self.partition.shape(fragment.spec)
+                shape = self.partition.shape(fragment.spec, self._mesh.tp_rank)
                 zero_fragment_(fragment.values, fragment.start, shape, dim, index)
         self.partition = after
-        follow_partition(self._pipeline, after)
+        follow_partition(self._pipeline, after, self._mesh.tp_rank)
+        self._find_shared_rows()
 
-    def whole_master(self, spec: TensorSpec) -> Tensor:
-        """The whole physical fp32 master of one tensor; a collective over the copies."""
-        (entry,) = (e for e in self._parameters if e.spec.name == spec.name)
-        mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
-        whole = torch.zeros(entry.parameter.shape, dtype=torch.float32, device=self._mesh.device)
-        if mapping is not None:
-            address = mapping.lp_fragment_address
-            whole.view(-1)[address.start : address.start + address.numel] = mapping.get_hp_fragment().detach()
-        sum_over_copies_(whole, self._mesh)
+    def master_on_main(self, spec: TensorSpec) -> Tensor:
+        """The logical fp32 master of one tensor, true on the main process; a collective of all processes."""
+        whole = torch.zeros(self.partition.logical_shape(spec), dtype=torch.float32, device=self._mesh.device)
+        for entry in self._parameters:
+            mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
+            if entry.spec.name == spec.name and mapping is not None and not entry.is_stage_copy:
+                start, values = mapping.lp_fragment_address.start, mapping.get_hp_fragment().detach()
+                deposit_(whole, values, spec, self.partition, self._mesh.tp_rank, start)
+        sum_to_main_(whole, self._mesh)
         return whole
 
     def _make_moments(self, adam_steps: int) -> None:
@@ -247,7 +285,7 @@ class PruningEngine:
         address = mapping.lp_fragment_address
         target = mapping.get_hp_fragment(None if kind == "master" else kind)
         with torch.no_grad():
-            target.copy_(whole.reshape(-1)[address.start : address.start + address.numel])
+            target.copy_(take(whole, entry.spec, self.partition, self._mesh.tp_rank, address.start, address.numel))
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -269,7 +307,14 @@ class PruningEngine:
         applied = bool(self._engine.was_step_applied())
         if applied and not self._has_moments:
             self._link_moments()
+        self._follow_keepers()
         return StepResult(float(loss), float(self._engine.get_global_grad_norm()), applied)
+
+    @torch.no_grad()
+    def _follow_keepers(self) -> None:
+        copied = [(rows, entry.parameter.data) for rows, entry in self._shared if is_split(entry.spec)]
+        if copied:
+            follow_keepers_(copied, self._mesh)
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], count: int) -> float:
         """Mean loss over ``count`` micro-batches per copy."""

@@ -153,15 +153,17 @@ class Trainer:
             adam_steps=progress.adam_steps + result.applied,
             consumed_samples=progress.consumed_samples + self.config.train.global_batch_size,
         )
+        compacted = False
         if pruner is not None and decide is not None:
             if result.applied:
                 for decision in pruner.commit():
                     self._record(decision)
+                compacted = self._compact_if_due()
             else:
                 pruner.discard()
             if pruner.met:
                 self._advance(continue_from=self.progress.step)
-        return StepRecord(result, lr, shape, self._compact_if_due())
+        return StepRecord(result, lr, shape, compacted)
 
     def _record(self, decision: Decision) -> None:
         arch, group = self.architecture, decision.group

@@ -6,13 +6,15 @@ import dataclasses
 import json
 from collections.abc import Iterator
 
+import torch
+
 from megatron_prune.errors import MegatronPruneError
-from megatron_prune.parallel.collectives import agreed, all_reduce_sum_
+from megatron_prune.parallel.collectives import agreed, all_reduce_sum_, sum_over_stage_, sum_over_stages_
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.pruning.groups import units
 from megatron_prune.pruning.metrics import Metric
 from megatron_prune.pruning.planner import Budget, Decision, SaliencyNorm, choose, strike_out
-from megatron_prune.pruning.saliency import SaliencyVectors, accumulate, random_vectors
+from megatron_prune.pruning.saliency import FloatArray, SaliencyVectors, Sums, accumulate, random_vectors
 from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.training.engine import PruningEngine
 
@@ -68,7 +70,7 @@ class Pruner:
             return
         partition, budget = self._engine.partition, self._rules.budget
         while self._rules.schedule.wants(step, spent) and not budget.met(partition.architecture()):
-            decision = choose(vectors, partition, budget, self._rules.norm)
+            decision = choose(vectors, partition, budget, self._rules.norm, self._gather)
             if decision is None:
                 parameters = partition.architecture().num_parameters()
                 raise MegatronPruneError(
@@ -99,6 +101,21 @@ class Pruner:
             self._engine.output_fragments(),
             partition,
             self._rules.metric,
-            lambda sums: all_reduce_sum_(sums, self._mesh),
+            self._engine.layers,
+            Sums(
+                over_stage=lambda vector: sum_over_stage_(vector, self._mesh),
+                over_all=lambda vector: all_reduce_sum_(vector, self._mesh),
+            ),
             self._mesh.device,
+            self._mesh.tp_rank,
         )
+
+    def _gather(self, minima: FloatArray) -> FloatArray:
+        """Each layer's minima from the stage that has the layer: 32 bytes a layer, the vectors stay where they are."""
+        if self._mesh.pp_size == 1:
+            return minima
+        own = torch.zeros(minima.shape, dtype=torch.float64, device=self._mesh.device)
+        rows = list(self._engine.layers)
+        own[rows] = torch.from_numpy(minima[rows]).to(own)
+        sum_over_stages_(own, self._mesh)
+        return own.cpu().numpy()

@@ -32,7 +32,6 @@ from megatron_prune.model.transformer import initial_tensor
 from megatron_prune.parallel.collectives import agreed
 from megatron_prune.parallel.mesh import Mesh, make_mesh
 from megatron_prune.parallel.partition import Partition
-from megatron_prune.parallel.placement import place
 from megatron_prune.parallel.states import StateKind, StateSource
 from megatron_prune.pruning.groups import GROUP_TYPES, GroupType
 from megatron_prune.pruning.ledger import Ledger
@@ -60,13 +59,17 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     prepare_deepspeed()
     world_size = torch.distributed.get_world_size()
     checkpoint = inputs.checkpoint
-    partition = checkpoint.manifest.partition if checkpoint else Partition.of(inputs.source)
+    partition = _partition(config, inputs)
     budget = _budget(config, inputs.source)
     met = budget is None or budget.met(partition.architecture())
     progress = _resumed(config, checkpoint, met) if checkpoint else Progress()
+    parallel = config.parallel
+    mesh = make_mesh(device, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    sequence_parallel = parallel.sequence_parallel and mesh.tp_size > 1
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layer table
-        pipeline = build_pipeline(partition, inputs.ops, world_size, config.train.recompute)
-    mesh = make_mesh(device, pipeline.mpu().get_data_parallel_group())
+        pipeline = build_pipeline(
+            partition, inputs.ops, mesh, sequence_parallel=sequence_parallel, recompute=config.train.recompute
+        )
     # Ranks that read different directories (a --save that is not shared) would train different models.
     agreed(f"resume {progress.step} events {progress.events}", mesh)
     optim = config.optim
@@ -77,8 +80,9 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
         AdamSettings(inputs.ops.adam, (optim.adam_beta1, optim.adam_beta2), optim.adam_eps, optim.weight_decay),
         mesh,
         torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        sequence_parallel,
     )
-    engine.start(partition, _states(config, inputs, partition), progress.adam_steps)
+    engine.start(partition, _states(config, inputs), progress.adam_steps)
     run_dir = _prepare_run_dir(config, inputs, mesh)
     ledger = Ledger(run_dir / LEDGER_FILE if run_dir is not None and mesh.is_main else None)
     ledger.restore(checkpoint.events if checkpoint else [])
@@ -93,6 +97,15 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
         progress,
         _callbacks(config, inputs, mesh, reporter, run_dir),
     )
+
+
+def _partition(config: Config, inputs: Inputs) -> Partition:
+    """Where units go: where the checkpoint had them on the same layout, else dealt out afresh."""
+    ranks = config.parallel.tensor_model_parallel_size
+    if inputs.checkpoint is None:
+        return Partition.of(inputs.source, ranks)
+    saved = inputs.checkpoint.manifest.partition
+    return saved if saved.tensor_parallel == ranks else saved.spread(ranks, max(1, config.prune.prune_align))
 
 
 def _resumed(config: Config, checkpoint: Checkpoint, met: bool) -> Progress:
@@ -152,7 +165,7 @@ def _callbacks(config: Config, inputs: Inputs, mesh: Mesh, reporter: Reporter, r
     return callbacks
 
 
-def _states(config: Config, inputs: Inputs, partition: Partition) -> StateSource:
+def _states(config: Config, inputs: Inputs) -> StateSource:
     checkpoint, weights = inputs.checkpoint, inputs.weights
 
     def from_source(spec: TensorSpec, kind: StateKind) -> torch.Tensor:
@@ -160,9 +173,9 @@ def _states(config: Config, inputs: Inputs, partition: Partition) -> StateSource
         if weights is None:
             shape = inputs.source.tensor_shape(spec)
             return initial_tensor(spec.name, shape, config.train.seed, inputs.source.num_layers)
-        return place(weights.tensor(spec.name).float(), spec, partition)
+        return weights.tensor(spec.name).float()
 
-    return checkpoint.whole if checkpoint is not None else from_source
+    return checkpoint.live if checkpoint is not None else from_source
 
 
 def _source_config(inputs: Inputs) -> Mapping[str, Any]:

@@ -75,7 +75,7 @@ def test_good(values: dict[str, object]) -> None:
         ({"lr_decay_style": "WSD"}, "needs --lr-wsd-decay-iters"),
         ({"lr_wsd_decay_iters": 5}, "only goes with WSD"),
         ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9_999}, "exceed --train-iters 10000"),
-        ({"micro_batch_size": 3}, "--global-batch-size 512 is no multiple of --micro-batch-size 3 x 1 copies of the model = 3"),
+        ({"micro_batch_size": 3}, "x 1 copies of the model = 3: change one of them"),
         ({"micro_batch_size": 0}, "must both be 1 or more"),
         ({"split": "1,2"}, "must be three shares"),
         ({"split": "0,1,1"}, "must be three shares"),

@@ -20,6 +20,7 @@ from megatron_prune.model import (
     logical_shapes,
 )
 from megatron_prune.ops.dispatch import torch_ops
+from megatron_prune.parallel.layers import TensorParallel
 
 TOKENS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(3))
 
@@ -118,7 +119,7 @@ def test_dead_padding_changes_no_logit_and_gets_no_gradient(variant: str) -> Non
 
 def test_dead_query_of_a_living_kv_head_would_revive_without_its_mark() -> None:
     arch = small()
-    layer = DecoderLayer(arch, logical_shapes(arch)[0], torch_ops())
+    layer = DecoderLayer(arch, logical_shapes(arch)[0], torch_ops(), TensorParallel())
     init_weights(layer, arch, 0)
     with torch.no_grad():
         layer.self_attn.q_proj.weight[:8] = 0
@@ -167,7 +168,7 @@ def test_initial_weights_depend_on_name_and_seed_only() -> None:
     arch = small(**ALL_BIASES)
     model = CausalLM(arch, logical_shapes(arch), torch_ops())
     init_weights(model, arch, seed=7)
-    layer = DecoderLayer(arch, logical_shapes(arch)[1], torch_ops())
+    layer = DecoderLayer(arch, logical_shapes(arch)[1], torch_ops(), TensorParallel())
     init_weights(layer, arch, seed=7, prefix="model.layers.1.")
     for name, parameter in layer.named_parameters():
         assert torch.equal(parameter, model.state_dict()["model.layers.1." + name]), name

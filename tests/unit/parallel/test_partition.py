@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 
 from megatron_prune.architecture import Architecture, tensor_specs, uniform_kv_groups
-from megatron_prune.parallel.partition import DEAD, Partition, live, live_positions, moved
+from megatron_prune.parallel.partition import DEAD, Partition, live
 from megatron_prune.pruning.groups import GROUP_TYPES, MiniGroup, remove, units
 
 ARCH = Architecture(
@@ -81,12 +81,6 @@ def test_kv_heads_live_exactly_as_long_as_a_query_reads_them(partition: Partitio
         for head, slot in zip(partition.heads[layer][0], slots, strict=True):
             assert (slot == DEAD) == (head == DEAD)
             assert head == DEAD or partition.kv_heads[layer][0, slot] == kv_of_head[head]
-
-
-def test_positions_and_moves() -> None:
-    slots = np.array([5, DEAD, 2, 9])
-    np.testing.assert_array_equal(live_positions(slots), [1, DEAD, 0, 2])
-    np.testing.assert_array_equal(moved(slots, np.array([9, 5, DEAD])), [3, 0, DEAD])
 
 
 def test_units_of_a_removal() -> None:

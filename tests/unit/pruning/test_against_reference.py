@@ -18,7 +18,7 @@ from megatron_prune.model.transformer import CausalLM
 from megatron_prune.ops.dispatch import torch_ops
 from megatron_prune.parallel.partition import DEAD, Partition, live
 from megatron_prune.pruning.planner import Budget, choose
-from megatron_prune.pruning.saliency import Fragment, SaliencyVectors, accumulate, is_output_matrix
+from megatron_prune.pruning.saliency import Fragment, SaliencyVectors, Sums, accumulate, is_output_matrix
 from megatron_prune.pruning.surgery import dead_elements, zero_tensor_
 
 LEARNING_RATE = 1e-3  # small: two correct trainings of a random net drift apart chaotically at large steps
@@ -71,7 +71,8 @@ class MaskedModel:
             assert weight.grad is not None
             rows, columns = weight.shape
             fragments.append(Fragment(spec, weight.flatten(), weight.grad.flatten(), 0, (rows, columns)))
-        return accumulate(fragments, self.partition, "taylor", lambda sums: None, torch.device("cpu"))
+        layers = range(self.partition.source.num_layers)
+        return accumulate(fragments, self.partition, "taylor", layers, Sums(), torch.device("cpu"))
 
     def sgd(self) -> None:
         with torch.no_grad():

@@ -11,7 +11,7 @@ from megatron_prune.model.pipeline import layer_shapes
 from megatron_prune.model.transformer import CausalLM, init_weights
 from megatron_prune.ops.dispatch import build_ops
 from megatron_prune.parallel.partition import Partition
-from megatron_prune.parallel.placement import extract, live_mask, move, place
+from megatron_prune.parallel.placement import extract, kept_mask, place
 from megatron_prune.pruning.groups import MiniGroup, remove
 from megatron_prune.pruning.surgery import dead_elements, zero_fragment_, zero_tensor_
 
@@ -42,6 +42,10 @@ def build(partition: Partition, tensors: dict[str, Tensor]) -> CausalLM:
         *path, attribute = name.split(".")
         setattr(model.get_submodule(".".join(path)), attribute, nn.Parameter(value.clone()))
     return model
+
+
+def move(physical: Tensor, spec: TensorSpec, old: Partition, new: Partition) -> Tensor:
+    return place(extract(physical, spec, old), spec, new)
 
 
 def adamw(model: CausalLM) -> torch.optim.Optimizer:
@@ -83,7 +87,7 @@ def masked_and_sliced(groups: list[MiniGroup]) -> tuple[CausalLM, CausalLM, Part
     for spec, dim, index in dead_elements(full, after):
         zero_tensor_(tensors[spec.name], dim, index)
     small = after.compacted(1)
-    sliced = {spec.name: move(tensors[spec.name], spec, full, small) for spec in tensor_specs(ARCH)}
+    sliced = {spec.name: move(tensors[spec.name], spec, after, small) for spec in tensor_specs(ARCH)}
     return build(after, tensors), build(small, sliced), after
 
 
@@ -115,15 +119,15 @@ def test_moments_that_are_older_than_the_removal_are_kept() -> None:
             zero_tensor_(tensor, dim, index)
     losses = []
     for where in (after, small):
-        model = build(where, {s.name: move(weights[s.name], s, full, where) for s in tensor_specs(ARCH)})
+        model = build(where, {s.name: move(weights[s.name], s, after, where) for s in tensor_specs(ARCH)})
         again = adamw(model)
         specs = {spec.name: spec for spec in tensor_specs(ARCH)}
         for name, parameter in model.named_parameters():
-            state = {key: move(moments[name, key], specs[name], full, where).clone() for key in MOMENTS}
+            state = {key: move(moments[name, key], specs[name], after, where).clone() for key in MOMENTS}
             again.state[parameter] = {"step": torch.tensor(5.0), **state}
         losses.append(train(model, 20, again)[0])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6, rel=1e-6)
-    fresh, _ = train(build(small, {s.name: move(weights[s.name], s, full, small) for s in tensor_specs(ARCH)}), 20)
+    fresh, _ = train(build(small, {s.name: move(weights[s.name], s, after, small) for s in tensor_specs(ARCH)}), 20)
     assert max(abs(a - b) for a, b in zip(losses[1], fresh, strict=True)) > 1e-3, "fresh moments train differently"
 
 
@@ -134,7 +138,7 @@ def test_dead_units_stay_exactly_zero_in_training(groups: list[MiniGroup]) -> No
     specs = {spec.name: spec for spec in tensor_specs(ARCH)}
     dead = 0
     for name, parameter in masked.named_parameters():
-        gone = ~live_mask(specs[name], after, 0, parameter.numel()).view(parameter.shape)
+        gone = ~kept_mask(specs[name], after, 0, 0, parameter.numel()).view(parameter.shape)
         dead += int(gone.sum())
         for tensor in (parameter.detach(), *(optimizer.state[parameter][k] for k in ("exp_avg", "exp_avg_sq"))):
             assert not tensor[gone].any(), name
@@ -171,14 +175,14 @@ def test_place_and_extract_are_inverse_under_dead_padding() -> None:
             physical = place(logical, spec, where)
             assert physical.shape == where.shape(spec)
             assert torch.equal(extract(physical, spec, where), logical)
-            alive = live_mask(spec, where, 0, physical.numel()).view(physical.shape)
+            alive = kept_mask(spec, where, 0, 0, physical.numel()).view(physical.shape)
             assert int(alive.sum()) == logical.numel()
             assert not physical[~alive].any()
 
 
-def test_live_mask_of_fragments_joins_to_the_whole() -> None:
+def test_kept_mask_of_fragments_joins_to_the_whole() -> None:
     partition = remove(Partition.of(ARCH), MiniGroup("stem", 5))
     spec = TensorSpec("model.layers.0.mlp.down_proj.weight", ("stem", "ffn"), 0)
-    whole = live_mask(spec, partition, 0, 24 * 32)
-    pieces = [live_mask(spec, partition, start, 100) for start in range(0, 700, 100)]
-    assert torch.equal(torch.cat([*pieces, live_mask(spec, partition, 700, 68)]), whole)
+    whole = kept_mask(spec, partition, 0, 0, 24 * 32)
+    pieces = [kept_mask(spec, partition, 0, start, 100) for start in range(0, 700, 100)]
+    assert torch.equal(torch.cat([*pieces, kept_mask(spec, partition, 0, 700, 68)]), whole)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from megatron_prune.architecture import Architecture, TensorSpec, uniform_kv_groups
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.pruning.metrics import magnitude, taylor
-from megatron_prune.pruning.saliency import Fragment, accumulate, fragment_sums
+from megatron_prune.pruning.saliency import Fragment, Sums, accumulate, fragment_sums
 
 ARCH = Architecture("llama", 1, 6, 10, 2, uniform_kv_groups(1, 2, 2), 4, 9)
 DOWN = TensorSpec("model.layers.0.mlp.down_proj.weight", ("stem", "ffn"), 0)
@@ -45,13 +45,14 @@ def test_a_gradient_that_is_not_finite_is_reported(value: float) -> None:
     grad = torch.ones(60)
     grad[7] = value
     fragment = Fragment(DOWN, torch.ones(60), grad, 0, (6, 10))
-    bad = accumulate([fragment], Partition.of(ARCH), "taylor", lambda sums: None, torch.device("cpu"))
+    bad = accumulate([fragment], Partition.of(ARCH), "taylor", [0], Sums(), torch.device("cpu"))
     assert not bad.finite
     good = accumulate(
         [Fragment(DOWN, torch.ones(60), torch.ones(60), 0, (6, 10))],
         Partition.of(ARCH),
         "taylor",
-        lambda sums: None,
+        [0],
+        Sums(),
         torch.device("cpu"),
     )
     assert good.finite
