@@ -17,39 +17,21 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_prune.architecture import Architecture
-from megatron_prune.config import Config, TargetShape, floor_shape, parse_count, parse_ratio, shape_between
+from megatron_prune.config import (
+    Config,
+    ParallelConfig,
+    TargetShape,
+    floor_shape,
+    parse_count,
+    parse_ratio,
+    shape_between,
+)
+from megatron_prune.memory import GIB, Memory, rank_shard, stage_memory, worst_stage
 
 STEM_CHANNEL_UNITS = 2
 FFN_CHANNEL_UNITS = 1
 
-_FP32_BYTES, _BF16_BYTES = 4, 2
 _SECONDS_PER_HOUR = 3600
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU.
-
-    Attributes:
-        weights: parameters in the precision of the forward pass.
-        gradients: the gradients, and in bf16 DeepSpeed's unsharded fp32 sums, in fp32 a share of the average.
-        masters: fp32 masters, divided over the processes (ZeRO-1).
-        moments: both Adam moments in fp32, divided over the processes.
-        activations: estimate, see :func:`activation_bytes`.
-        activations_recomputed: the same with ``--recompute``.
-    """
-
-    weights: int
-    gradients: int
-    masters: int
-    moments: int
-    activations: int
-    activations_recomputed: int
-
-    def total(self, recompute: bool) -> int:
-        """All of it, with the activations of one choice."""
-        model = self.weights + self.gradients + self.masters + self.moments
-        return model + (self.activations_recomputed if recompute else self.activations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +45,7 @@ class Phase:
         units_range: fewest and most units any run can need for it.
         steps: pruning steps until then, the warm-up left out.
         tokens: tokens until then, the warm-up included; 0 at the source.
-        memory: bytes on one GPU at that shape.
+        stages: bytes on one GPU of every pipeline stage at that shape.
     """
 
     name: str
@@ -72,7 +54,11 @@ class Phase:
     units_range: tuple[int, int]
     steps: int
     tokens: int
-    memory: Memory
+    stages: tuple[Memory, ...]
+
+    def memory(self, recompute: bool) -> Memory:
+        """The stage that holds most in training."""
+        return worst_stage(self.stages, recompute)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +71,8 @@ class Plan:
         warmup_steps: steps before pruning starts.
         batch_tokens: tokens per optimizer step.
         train_iters: steps of the run as configured; 0 when not given.
-        num_gpus: data parallel processes.
+        num_gpus: all processes.
+        parallel: how they share the model.
         recompute: as configured.
         tokens_per_second: assumed throughput of one GPU, or None.
     """
@@ -96,6 +83,7 @@ class Plan:
     batch_tokens: int
     train_iters: int
     num_gpus: int
+    parallel: ParallelConfig
     recompute: bool
     tokens_per_second: float | None
 
@@ -197,44 +185,6 @@ def shape_at_budget(source: Architecture, floor: tuple[int, int, int], budget: i
     return shape(bisect.bisect_left(range(parts), True, key=lambda part: shape(part).num_parameters() <= budget))
 
 
-def activation_bytes(
-    arch: Architecture, micro_batch_size: int, seq_length: int, element_bytes: int, recompute: bool
-) -> int:
-    """Estimate of what the backward pass needs for one micro-batch, in bytes.
-
-    Per token and layer, in elements: 4 hidden (the inputs and outputs of the two norms), 2 query widths (q, and the
-    attention's output), 2 KV widths (k, v) and 4 ffn (gate, up, the activated gate, their product). Attention is
-    assumed to keep no score matrix. The output head adds its logits once in this precision and twice in fp32 (the
-    upcast and its gradient). With recomputation a layer keeps its input alone, and one layer at a time is whole.
-    """
-    tokens = micro_batch_size * seq_length
-    head = arch.vocab_size * (element_bytes + 2 * _FP32_BYTES)
-    layers = []
-    for layer in range(arch.num_layers):
-        query, kv = arch.num_attention_heads * arch.head_dim, arch.num_kv_heads(layer) * arch.head_dim
-        layers.append(4 * arch.hidden_size + 2 * query + 2 * kv + 4 * arch.ffn_hidden_size)
-    kept = arch.num_layers * arch.hidden_size + max(layers) if recompute else sum(layers)
-    return tokens * (kept * element_bytes + head)
-
-
-def memory_per_gpu(arch: Architecture, config: Config, num_gpus: int) -> Memory:
-    """Bytes on each of ``num_gpus`` data parallel GPUs at a shape. Work space of kernels and NCCL is not counted."""
-    parameters = arch.num_parameters()
-    bf16 = config.train.precision == "bf16"
-    element = _BF16_BYTES if bf16 else _FP32_BYTES
-    share = math.ceil(parameters / num_gpus)
-    summed = _FP32_BYTES * (parameters if bf16 else share)
-    micro, seq = config.train.micro_batch_size, config.data.seq_length
-    return Memory(
-        weights=element * parameters,
-        gradients=element * parameters + summed,
-        masters=_FP32_BYTES * share,
-        moments=2 * _FP32_BYTES * share,
-        activations=activation_bytes(arch, micro, seq, element, recompute=False),
-        activations_recomputed=activation_bytes(arch, micro, seq, element, recompute=True),
-    )
-
-
 def make_plan(
     config: Config,
     source: Architecture,
@@ -251,9 +201,12 @@ def make_plan(
     Args:
         config: settings whose pruning part passed ``validate_against_source``.
         source: shape of the source model.
-        num_gpus: data parallel processes.
+        num_gpus: all processes; tensor times pipeline parallel size must divide them.
         batch_tokens: tokens per optimizer step; default: global batch size x sequence length.
         tokens_per_second: throughput of one GPU, for GPU-hours.
+
+    Raises:
+        UserError: the layout does not divide the GPUs, or has more stages than layers.
     """
     plan = Plan(
         phases=(),
@@ -262,6 +215,7 @@ def make_plan(
         batch_tokens=config.batch_tokens if batch_tokens is None else batch_tokens,
         train_iters=config.train.train_iters,
         num_gpus=num_gpus,
+        parallel=config.parallel,
         recompute=config.train.recompute,
         tokens_per_second=tokens_per_second,
     )
@@ -300,7 +254,7 @@ def _phase(
         units_range=bounds,
         steps=pruning_steps(units, plan.ratio),
         tokens=plan.tokens_after(units),
-        memory=memory_per_gpu(arch, config, plan.num_gpus),
+        stages=stage_memory(arch, config, plan.num_gpus),
     )
 
 
@@ -327,7 +281,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _phase_dict(phase: Phase, plan: Plan) -> dict[str, Any]:
-    arch = phase.arch
+    arch, memory = phase.arch, phase.memory(plan.recompute)
     return {
         "name": phase.name,
         "parameters": arch.num_parameters(),
@@ -339,7 +293,7 @@ def _phase_dict(phase: Phase, plan: Plan) -> dict[str, Any]:
         "steps": phase.steps,
         "tokens": phase.tokens,
         "gpu_hours": plan.gpu_hours(phase.tokens),
-        "memory": dataclasses.asdict(phase.memory) | {"total": phase.memory.total(plan.recompute)},
+        "memory": dataclasses.asdict(memory) | {"total": memory.total(plan.recompute)},
     }
 
 
@@ -359,8 +313,8 @@ def format_plan(plan: Plan) -> str:
                 f"{about}{phase.units:,}",
                 f"{about}{phase.tokens / 1e9:,.2f} B",
                 "-" if hours is None else f"{about}{hours:,.0f}",
-                f"{phase.memory.total(recompute=False) / 2**30:,.1f}",
-                f"{phase.memory.total(recompute=True) / 2**30:,.1f}",
+                f"{phase.memory(recompute=False).total(recompute=False) / GIB:,.1f}",
+                f"{phase.memory(recompute=True).total(recompute=True) / GIB:,.1f}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -388,13 +342,36 @@ def _notes(plan: Plan) -> Iterator[str]:
     elif 0 < plan.train_iters < plan.warmup_steps + last.steps:
         yield f"note: --train-iters {plan.train_iters:,} may end before the target is met"
     yield _memory_note(plan)
+    if plan.parallel.tensor_model_parallel_size > 1:
+        yield _shard_note(plan)
 
 
 def _memory_note(plan: Plan) -> str:
-    memory, gib = plan.phases[0].memory, 2.0**30
+    memory, parallel = plan.phases[0].memory(plan.recompute), plan.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layout = f"TP {tensor} x PP {stages} x DP {parallel.data_parallel_size(plan.num_gpus)}"
+    cutting = f"\n    while tensors are cut {memory.compaction / GIB:.1f} in all: two optimizer states, no activations"
     return (
-        f"memory at the source on {plan.num_gpus} GPU(s), GiB each: weights {memory.weights / gib:.1f}, gradients "
-        f"{memory.gradients / gib:.1f}, fp32 masters {memory.masters / gib:.1f}, moments {memory.moments / gib:.1f}, "
-        f"activations {memory.activations / gib:.1f} ({memory.activations_recomputed / gib:.1f} with --recompute; "
-        "an estimate)"
+        f"memory at the source on {plan.num_gpus} GPU(s) ({layout}), GiB on each of the fullest stage {memory.stage}:\n"
+        f"    weights {memory.weights / GIB:.1f}, gradients {memory.gradients / GIB:.1f}, fp32 masters "
+        f"{memory.masters / GIB:.1f}, moments {memory.moments / GIB:.1f}, activations {memory.activations / GIB:.1f} "
+        f"({memory.activations_recomputed / GIB:.1f} with --recompute; an estimate)"
+        f"{cutting if len(plan.phases) > 1 else ''}"
+    )
+
+
+def _shard_note(plan: Plan) -> str:
+    """What a tensor parallel rank holds, and what of it is there because a number does not divide."""
+    arch, ranks = plan.phases[0].arch, plan.parallel.tensor_model_parallel_size
+    shard = rank_shard(arch, ranks)
+    held = {
+        "heads": (shard.num_attention_heads, arch.num_attention_heads),
+        "KV heads": (shard.num_query_groups, arch.num_query_groups),
+        "FFN channels": (shard.ffn_hidden_size, arch.ffn_hidden_size),
+        "vocabulary rows": (shard.vocab_size, arch.vocab_size),
+    }
+    parts = ", ".join(f"{places:,} {name} ({ranks * places:,} for {units:,})" for name, (places, units) in held.items())
+    extra = 1 - arch.num_parameters() / (ranks * shard.num_parameters())
+    return (
+        f"each of {ranks} tensor parallel ranks has\n    {parts};\n    {extra:.1%} of the weights are padding or copies"
     )

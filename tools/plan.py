@@ -1,12 +1,13 @@
-"""What a run will take before it is started: units, tokens, parameters, memory per GPU, GPU-hours.
+"""What a run will take before it is started: units, tokens, parameters, memory per GPU, GPU-hours, and what fits.
 
     python tools/plan.py --config examples/smollm_1.7b_to_457m.yaml
     python tools/plan.py --config examples/smollm_1.7b_to_457m.yaml --target-shape hidden=1195,ffn=3006,heads=19 \\
         --gpus 32 --tokens-per-second 9200
+    python tools/plan.py --config examples/llama2_7b.yaml --gpus 32 --gpu-memory 40 --layouts
     python tools/plan.py --source-shape hidden=2048,ffn=8192,heads=32,head_dim=64,layers=24,vocab=49152,tied=1 \\
         --target-shape hidden=1195,ffn=3006,heads=19 --prune-ratio 1:9 --batch-tokens 1048576 --json
 
-Every setting of a run is accepted too (--target-params, --export-at, --micro-batch-size, ...: see
+Every setting of a run is accepted too (--target-params, --export-at, --tensor-model-parallel-size, ...: see
 `pretrain_prune.py --help`); no model, data or GPU is needed.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,41 +23,82 @@ from megatron_prune.architecture import Architecture
 from megatron_prune.config import Config, load_config, parse_source_shape, validate_against_source
 from megatron_prune.config.validate import pruning_problems
 from megatron_prune.errors import EXIT_BAD_INPUT, ConfigError, UserError
+from megatron_prune.layouts import all_layouts, fit_sentence, format_layouts, layout_dict, layouts_dict, make_layout
+from megatron_prune.memory import GIB
 from megatron_prune.plan import format_plan, make_plan, plan_dict
 
 
 def main(argv: list[str]) -> int:
     """Prints the plan; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--batch-tokens", type=int, help="tokens per step (default: global batch x sequence length)")
-    parser.add_argument("--tokens-per-second", type=float, help="throughput of one GPU, for GPU-hours")
-    parser.add_argument("--gpus", type=int, default=1, help="data parallel GPUs (default: 1)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    own, run_flags = parser.parse_known_args(argv)
+    own, run_flags = _arguments().parse_known_args(argv)
     try:
-        for flag, value in vars(own).items():
-            if value is not None and flag != "json" and value <= 0:
-                raise UserError(f"--{flag.replace('_', '-')} {value} must be above 0")
+        _check_numbers(own)
         config = load_config(run_flags)
         problems = pruning_problems(config)
         if problems:
             raise ConfigError(problems)
         source = _source(config)
         validate_against_source(config, source)
+        print(_report(own, config, source))
     except UserError as error:
         print(f"plan.py: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    return 0
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--batch-tokens", type=int, help="tokens per step (default: global batch x sequence length)")
+    parser.add_argument("--tokens-per-second", type=float, help="throughput of one GPU, for GPU-hours")
+    parser.add_argument(
+        "--gpus", type=int, help="all GPUs of the run (default: as many as one copy of the model takes)"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80.0, help="GiB of one GPU (default: 80); a tenth is kept free"
+    )
+    parser.add_argument("--layouts", action="store_true", help="print every layout of these GPUs and what fits")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser
+
+
+def _check_numbers(own: argparse.Namespace) -> None:
+    for name in ("batch_tokens", "tokens_per_second", "gpus", "gpu_memory"):
+        value = getattr(own, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
+
+
+def _report(own: argparse.Namespace, config: Config, source: Architecture) -> str:
+    """What to print.
+
+    Raises:
+        UserError: the layout does not go with the GPUs or the model.
+    """
+    gpus, gpu_bytes = own.gpus or config.parallel.model_parallel_size, own.gpu_memory * GIB
+    if own.layouts and not own.json:
+        return format_layouts(all_layouts(config, source, gpus), gpu_bytes)
     plan = make_plan(
         config,
         source,
-        num_gpus=own.gpus,
+        num_gpus=gpus,
         batch_tokens=own.batch_tokens,
         tokens_per_second=own.tokens_per_second,
     )
-    print(json.dumps(plan_dict(plan)) if own.json else format_plan(plan))
-    return 0
+    verdict = fit_sentence(config, source, gpus, gpu_bytes)
+    if not own.json:
+        return f"{format_plan(plan)}\n{verdict}"
+    layout = make_layout(config, source, gpus)
+    found = plan_dict(plan) | {
+        "layout": layout_dict(layout),
+        "gpu_memory": int(gpu_bytes),
+        "fits": layout.fits(gpu_bytes, config.train.recompute),
+        "verdict": verdict,
+    }
+    if own.layouts:
+        found["layouts"] = layouts_dict(all_layouts(config, source, gpus), gpu_bytes)
+    return json.dumps(found)
 
 
 def _source(config: Config) -> Architecture:

@@ -186,6 +186,9 @@ class PruningEngine:
 
     def _stop(self) -> None:
         self._engine.destroy()
+        # The last graph has hooks that hold the engine, in C++, where the garbage collector cannot see the cycle.
+        self._engine.loss = self._engine.total_loss = None
+        self._engine.pipe_buffers.clear()
         # The wrappers' closures would keep the engine alive.
         del self._engine._take_model_step, self._engine.allreduce_gradients, self._engine._bf16_reduce_grads
         self._engine = None

@@ -20,6 +20,8 @@ LAYER = {
     "pruning": 3,
     "checkpoint": 4,
     "training": 5,
+    "memory": 6,
+    "layouts": 6,
     "plan": 6,
     "pretrain": 6,
     "plotting": 6,

@@ -14,10 +14,8 @@ from megatron_prune.config import Config, TargetShape, parse_shape, parse_source
 from megatron_prune.config.yaml_file import with_values
 from megatron_prune.plan import (
     Plan,
-    activation_bytes,
     format_plan,
     make_plan,
-    memory_per_gpu,
     plan_dict,
     pruning_steps,
     shape_at_budget,
@@ -27,6 +25,7 @@ from megatron_prune.plan import (
 
 SMOLLM_1700M = "hidden=2048,ffn=8192,heads=32,kv_heads=32,head_dim=64,layers=24,vocab=49152,tied=1"
 SMOLLM_360M = "hidden=960,ffn=2560,heads=15,kv_heads=5,head_dim=64,layers=32,vocab=49152,tied=1"
+QWEN_7B = "hidden=3584,ffn=18944,heads=28,kv_heads=4,head_dim=128,layers=28,vocab=152064,qkv_bias=1"
 TINY = "hidden=6,ffn=7,heads=4,kv_heads=2,head_dim=2,layers=2,vocab=11,tied=1"
 LLM_PRUNER = "hidden=1169,ffn=3082,heads=19"
 
@@ -139,26 +138,7 @@ def test_phases_go_down() -> None:
     for before, after in zip(plan.phases, plan.phases[1:], strict=False):
         assert before.arch.num_parameters() > after.arch.num_parameters()
         assert before.tokens < after.tokens
-        assert before.memory.total(recompute=False) > after.memory.total(recompute=False)
-
-
-def test_memory_by_hand() -> None:
-    arch = parse_source_shape(SMOLLM_1700M)
-    parameters = arch.num_parameters()
-    bf16 = memory_per_gpu(arch, with_values(Config(), {"precision": "bf16"}), num_gpus=4)
-    assert (bf16.weights, bf16.gradients) == (2 * parameters, 6 * parameters)
-    assert (bf16.masters, bf16.moments) == (parameters, 2 * parameters)
-    fp32 = memory_per_gpu(arch, with_values(Config(), {"precision": "fp32"}), num_gpus=4)
-    assert (fp32.weights, fp32.gradients) == (4 * parameters, 5 * parameters)
-    assert bf16.total(recompute=True) < bf16.total(recompute=False)
-
-
-def test_activations_by_hand() -> None:
-    arch = parse_source_shape(TINY)  # hidden 6, queries 8, keys 4, ffn 7, two layers, vocabulary 11
-    layer = 4 * 6 + 2 * 8 + 2 * 4 + 4 * 7
-    head = 11 * (2 + 8)
-    assert activation_bytes(arch, 3, 5, 2, recompute=False) == 15 * (2 * 2 * layer + head)
-    assert activation_bytes(arch, 3, 5, 2, recompute=True) == 15 * (2 * (2 * 6 + layer) + head)
+        assert before.memory(recompute=False).total(False) > after.memory(recompute=False).total(False)
 
 
 def test_gpu_hours_and_continuing() -> None:
@@ -224,6 +204,10 @@ def test_tool_from_an_example_without_the_model(repo_root: Path) -> None:
         (f"--source-shape {TINY} --target-parms 5B", "did you mean --target-params?"),
         (f"--source-shape {TINY} --prune-ratio 19", "is not a ratio"),
         (f"--source-shape {TINY} --gpus 0", "--gpus 0 must be above 0"),
+        (f"--source-shape {TINY} --gpu-memory nan", "--gpu-memory nan must be above 0"),
+        (f"--source-shape {TINY} --gpus 8 --tensor-model-parallel-size 3", "= 3 does not divide 8 GPU(s)"),
+        (f"--source-shape {TINY} --tensor-model-parallel-size 0", "both must be 1 or more"),
+        (f"--source-shape {TINY} --gpus 3 --pipeline-model-parallel-size 3", "is above the source's 2 layers"),
     ],
 )
 def test_tool_refuses_in_one_line(repo_root: Path, argv: str, words: str) -> None:
@@ -232,6 +216,43 @@ def test_tool_refuses_in_one_line(repo_root: Path, argv: str, words: str) -> Non
     assert words in ran.stderr
     assert ran.stderr.count("\n") == 1
     assert ran.stdout == ""
+
+
+def test_what_tensor_parallel_ranks_hold_is_noted() -> None:
+    layout = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 2}
+    text = format_plan(_plan(QWEN_7B, num_gpus=32, **layout))
+    assert "(TP 8 x PP 2 x DP 2)" in text
+    assert "4 heads (32 for 28), 2 KV heads (16 for 4), 2,368 FFN channels (18,944 for 18,944)" in text
+    assert "tensor parallel ranks" not in format_plan(_plan(QWEN_7B, num_gpus=32))
+
+
+def test_tool_json_of_a_layout(repo_root: Path) -> None:
+    argv = f"--source-shape {QWEN_7B} --target-params 5.2B --gpus 32 --tensor-model-parallel-size 2 --layouts".split()
+    ran = _tool(repo_root, *argv, "--pipeline-model-parallel-size", "4", "--gpu-memory", "40", "--recompute", "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["layout"] == {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 4,
+        "sequence_parallel": False,
+        "data_parallel_size": 4,
+        "micro_batches": 128,
+        "bubble": pytest.approx(3 / 131),
+    }
+    assert found["fits"] is True
+    assert found["verdict"].startswith("fits 40 GiB")
+    (same,) = (
+        row for row in found["layouts"] if (row["tensor_model_parallel_size"], row["data_parallel_size"]) == (2, 4)
+    )
+    assert same["memory_recomputed"] == found["phases"][0]["memory"]["total"]
+    assert [row["recommended"] for row in found["layouts"]].count(True) == 1
+
+
+def test_without_gpus_there_is_one_copy(repo_root: Path) -> None:
+    ran = _tool(repo_root, *f"--source-shape {QWEN_7B} --tensor-model-parallel-size 4 --recompute".split())
+    assert ran.returncode == 0, ran.stderr
+    assert "(TP 4 x PP 1 x DP 1)" in ran.stdout
+    assert ran.stdout.splitlines()[-1].startswith("fits 80 GiB")
 
 
 def test_tool_reads_a_source_directory(repo_root: Path, tmp_path: Path) -> None:

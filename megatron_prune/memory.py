@@ -1,0 +1,256 @@
+"""Memory of one GPU under a layout, by arithmetic alone.
+
+The fullest process of a layout is what has to fit, so everything is counted for it: the widest tensor-parallel shard
+(:func:`rank_shard`), on every pipeline stage (:func:`stage_memory`). Work space of kernels, NCCL's buffers and the
+allocator's fragmentation are not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from megatron_prune.architecture import Architecture, TensorSpec, tensor_specs
+from megatron_prune.config import Config
+from megatron_prune.errors import UserError
+
+GIB = 2**30
+
+_FP32_BYTES, _BF16_BYTES = 4, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU.
+
+    Attributes:
+        weights: parameters in the precision of the forward pass.
+        gradients: the gradients, and in bf16 DeepSpeed's unsharded fp32 sums, in fp32 a share of the average.
+        masters: fp32 masters, divided over the copies of the model (ZeRO-1).
+        moments: both Adam moments in fp32, divided over the copies of the model.
+        activations: estimate, see :func:`activation_bytes`.
+        activations_recomputed: the same with ``--recompute``.
+        stage: the pipeline stage that the GPU works on.
+        compaction: everything that lies there while tensors are cut, when there are no activations: weights and
+            gradients, masters and moments twice (old and new, both counted at the old size), and one whole unsharded
+            parameter in fp32.
+    """
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    activations: int
+    activations_recomputed: int
+    stage: int
+    compaction: int
+
+    def total(self, recompute: bool) -> int:
+        """What training holds, with the activations of one choice."""
+        model = self.weights + self.gradients + self.masters + self.moments
+        return model + (self.activations_recomputed if recompute else self.activations)
+
+    def peak(self, recompute: bool, compacts: bool) -> int:
+        """The most that is ever held: training, or a compaction where the run has any."""
+        return max(self.total(recompute), self.compaction if compacts else 0)
+
+
+def compacts(config: Config) -> bool:
+    """True when the run cuts tensors physically."""
+    return config.prune.active and config.prune.prune_align > 0
+
+
+def worst_stage(stages: Iterable[Memory], recompute: bool, compacting: bool = False) -> Memory:
+    """The stage that holds most, the first of equals."""
+    return max(stages, key=lambda memory: memory.peak(recompute, compacting))
+
+
+def copies_of_model(config: Config, num_gpus: int) -> int:
+    """Data parallel size: ``num_gpus / (TP * PP)``.
+
+    Raises:
+        UserError: a size below one, or sizes whose product does not divide the GPUs.
+    """
+    tensor, pipeline = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    sizes = f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline}"
+    if min(tensor, pipeline) < 1:
+        raise UserError(f"{sizes}: both must be 1 or more")
+    if num_gpus % (tensor * pipeline):
+        raise UserError(
+            f"{sizes} = {tensor * pipeline} does not divide {num_gpus} GPU(s): change one of them, or plan for a "
+            f"multiple of {tensor * pipeline}"
+        )
+    return config.parallel.data_parallel_size(num_gpus)
+
+
+def num_micro_batches(config: Config, copies: int) -> int:
+    """Micro-batches that each copy works through in a step: ``global batch / (micro-batch * DP)``, rounded up."""
+    return max(1, math.ceil(config.train.global_batch_size / (config.train.micro_batch_size * copies)))
+
+
+def stage_layers(num_layers: int, stages: int) -> tuple[range, ...]:
+    """Decoder layers of every stage: as even as can be, and the first stages take one more where it does not divide.
+
+    That is what DeepSpeed's ``partition_method="type:DecoderLayer"`` does.
+
+    Raises:
+        UserError: more stages than layers.
+    """
+    if stages > num_layers:
+        raise UserError(f"--pipeline-model-parallel-size {stages} is above the {num_layers} layers: use at most that")
+    least, extra = divmod(num_layers, stages)
+    ends = [least * stage + min(stage, extra) for stage in range(stages + 1)]
+    return tuple(range(start, end) for start, end in zip(ends, ends[1:], strict=False))
+
+
+def rank_shard(arch: Architecture, tensor_parallel: int) -> Architecture:
+    """Shape of the fullest tensor-parallel rank's share, padding included, as an Architecture of its own.
+
+    Query heads are dealt in contiguous runs, so every rank has places for ``ceil(heads / TP)``; a KV head whose
+    queries lie on several ranks is held by each of them, and every rank has places for as many as the fullest one.
+    FFN channels and vocabulary are ``ceil(n / TP)``; the stem (norms included) is whole on every rank. Only the number
+    of KV heads means anything in the ``kv_groups`` of the result.
+    """
+    heads = math.ceil(arch.num_attention_heads / tensor_parallel)
+    least, extra = divmod(arch.num_attention_heads, tensor_parallel)
+    ends = [least * rank + min(rank, extra) for rank in range(tensor_parallel + 1)]
+    groups = []
+    for layer in range(arch.num_layers):
+        kv_of_head = arch.kv_of_head(layer)
+        kv = max(len(set(kv_of_head[start:end])) for start, end in zip(ends, ends[1:], strict=False))
+        groups.append((heads - kv + 1, *(1,) * (kv - 1)))
+    return dataclasses.replace(
+        arch,
+        num_attention_heads=heads,
+        kv_groups=tuple(groups),
+        ffn_hidden_size=math.ceil(arch.ffn_hidden_size / tensor_parallel),
+        vocab_size=math.ceil(arch.vocab_size / tensor_parallel),
+    )
+
+
+def activation_bytes(
+    shard: Architecture,
+    layers: range,
+    *,
+    tokens: int,
+    stem_tokens: int,
+    in_flight: int,
+    with_head: bool,
+    element_bytes: int,
+    recompute: bool,
+) -> int:
+    """Estimate of what the backward passes of one stage need, in bytes.
+
+    Per token and layer, in elements: 4 hidden (the inputs and outputs of the two norms), 2 query widths (q, and the
+    attention's output), 2 KV widths (k, v) and 4 ffn (gate, up, the activated gate, their product), the widths those of
+    the rank. Sequence parallelism divides the inputs of the norms alone: their outputs are kept as the blocks multiply
+    them, gathered. Attention is assumed to keep no score matrix and, where KV heads serve different numbers of queries,
+    no copies of them; a fused activation keeps one ffn less, and norms without a kernel of their own keep fp32 copies.
+    The output head adds its logits once in this precision and twice in fp32 (the upcast and its gradient). With
+    recomputation a layer keeps its input alone, and one layer at a time is whole.
+
+    Args:
+        shard: see :func:`rank_shard`.
+        layers: decoder layers of the stage.
+        tokens: of one micro-batch.
+        stem_tokens: those of them whose hidden state this rank keeps: all, or its part under sequence parallelism.
+        in_flight: micro-batches that have gone forward and not yet back.
+        with_head: the stage has the output head; it is the last one, with one micro-batch in flight.
+        element_bytes: of an activation.
+        recompute: keep layer inputs alone.
+    """
+    stem = stem_tokens * shard.hidden_size
+    whole = []
+    for layer in layers:
+        query, kv = shard.num_attention_heads * shard.head_dim, shard.num_kv_heads(layer) * shard.head_dim
+        whole.append(2 * stem + tokens * (2 * shard.hidden_size + 2 * query + 2 * kv + 4 * shard.ffn_hidden_size))
+    kept = in_flight * len(layers) * stem + max(whole) if recompute else in_flight * sum(whole)
+    head = tokens * shard.vocab_size * (element_bytes + 2 * _FP32_BYTES) if with_head else 0
+    return kept * element_bytes + head
+
+
+def stage_memory(arch: Architecture, config: Config, num_gpus: int) -> tuple[Memory, ...]:
+    """Bytes on the fullest GPU of every pipeline stage at a shape.
+
+    With P parameters on a stage's rank (a tied embedding lies on the first and on the last stage) and DP copies:
+    weights ``2P`` in bf16 or ``4P`` in fp32; gradients ``2P + 4P`` or ``4P + 4P/DP``; masters ``4P/DP``; moments
+    ``8P/DP``. Under 1F1B stage ``s`` of PP keeps the activations of ``min(PP - s, micro-batches)`` micro-batches. Dead
+    padding that waits for a compaction (up to ``--prune-align`` channels a rank) is not known in advance and not
+    counted.
+
+    Raises:
+        UserError: the layout does not divide the GPUs, or has more stages than layers.
+    """
+    copies = copies_of_model(config, num_gpus)
+    parallel = config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    shard, cuts = rank_shard(arch, tensor), stage_layers(arch.num_layers, stages)
+    result = []
+    for stage, layers in enumerate(cuts):
+        specs = _stage_tensors(arch, layers, first=stage == 0, last=stage == stages - 1)
+        parameters = sum(math.prod(shard.tensor_shape(spec)) for spec in specs)
+        largest = max(math.prod(arch.tensor_shape(spec)) for spec in specs)
+        in_flight = min(stages - stage, num_micro_batches(config, copies))
+        kept, recomputed = (
+            _stage_activations(shard, layers, config, in_flight, with_head=stage == stages - 1, recompute=recompute)
+            for recompute in (False, True)
+        )
+        result.append(_memory(config, stage, parameters, copies, largest, kept, recomputed))
+    return tuple(result)
+
+
+def _memory(
+    config: Config, stage: int, parameters: int, copies: int, largest: int, kept: int, recomputed: int
+) -> Memory:
+    """The bytes of one stage from its parameters per rank and its activations."""
+    bf16 = config.train.precision == "bf16"
+    element = _element_bytes(config)
+    share = math.ceil(parameters / copies)
+    weights = element * parameters
+    gradients = element * parameters + _FP32_BYTES * (parameters if bf16 else share)
+    masters, moments = _FP32_BYTES * share, 2 * _FP32_BYTES * share
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        masters=masters,
+        moments=moments,
+        activations=kept,
+        activations_recomputed=recomputed,
+        stage=stage,
+        compaction=weights + gradients + 2 * (masters + moments) + _FP32_BYTES * largest,
+    )
+
+
+def _stage_activations(
+    shard: Architecture, layers: range, config: Config, in_flight: int, *, with_head: bool, recompute: bool
+) -> int:
+    micro, seq, parallel = config.train.micro_batch_size, config.data.seq_length, config.parallel
+    stem_seq = math.ceil(seq / parallel.tensor_model_parallel_size) if parallel.sequence_parallel else seq
+    return activation_bytes(
+        shard,
+        layers,
+        tokens=micro * seq,
+        stem_tokens=micro * stem_seq,
+        in_flight=in_flight,
+        with_head=with_head,
+        element_bytes=_element_bytes(config),
+        recompute=recompute,
+    )
+
+
+def _element_bytes(config: Config) -> int:
+    return _BF16_BYTES if config.train.precision == "bf16" else _FP32_BYTES
+
+
+def _stage_tensors(arch: Architecture, layers: range, *, first: bool, last: bool) -> list[TensorSpec]:
+    """The parameters of one stage: its layers, the embedding on the first, the last norm and the head on the last."""
+
+    def is_here(spec: TensorSpec) -> bool:
+        if spec.layer is not None:
+            return spec.layer in layers
+        if spec.name == "model.embed_tokens.weight":
+            return first or (last and arch.tie_embeddings)
+        return last
+
+    return [spec for spec in tensor_specs(arch) if is_here(spec)]
