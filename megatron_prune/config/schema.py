@@ -197,8 +197,9 @@ class PruneConfig:
     """How groups of different size are compared: mean per measured element, plain sum, or sum per parameter freed."""
 
     prune_align: int = 64
-    """Quantum of physical compaction: tensors are cut when a live width reaches a multiple of it. 1 cuts at every
-    event, 0 never. Also the least width of ffn and stem unless the target shape says lower."""
+    """Quantum of physical compaction: tensors are cut when a live width of the stem, or of one tensor parallel rank's
+    share of the ffn, reaches a multiple of it. 1 cuts at every event, 0 never. Also the least width of ffn and stem
+    unless the target shape says lower."""
 
     export_at: CommaList = ()
     """Budgets at which to write a Hugging Face snapshot on the way down: 1.1B,800M."""
