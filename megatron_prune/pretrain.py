@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,17 +22,18 @@ from megatron_prune.errors import (
 )
 from megatron_prune.ops.dispatch import format_choices
 from megatron_prune.parallel.mesh import init_process_group, map_launcher_environment
+from megatron_prune.parallel.watch import watch_peers
 from megatron_prune.plan import format_plan, make_plan
 from megatron_prune.training.inputs import Inputs, read_inputs, read_source
 from megatron_prune.training.report import Reporter
-from megatron_prune.training.signals import StopRequest
+from megatron_prune.training.signals import STOP_SIGNALS, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a training command.
 
     Args:
-        argv: flags without the program's name; the process's own by default.
+        argv: flags without the program's name; the process's own by default, which then ends with what is returned.
 
     Returns:
         The exit code: 0 finished, 2 bad input, 75 stopped with a complete checkpoint.
@@ -40,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(sys.argv[1:] if argv is None else argv)
     except StopRequested as stop:
         _say(str(stop), sys.stderr)
+        if argv is None:
+            # Launchers terminate the other ranks once one has left, and would report a signal instead of this code.
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
         return EXIT_REQUEUE
     except UserError as error:
         _complain(error)
@@ -66,7 +72,8 @@ def _run(argv: Sequence[str]) -> None:
     with StopRequest(config.run.exit_duration_in_mins) as stop:
         device = init_process_group()
         try:
-            _train(config, inputs, device, stop)
+            with watch_peers():
+                _train(config, inputs, device, stop)
         finally:
             torch.distributed.destroy_process_group()
 
@@ -77,6 +84,8 @@ def _train(config: Config, inputs: Inputs, device: torch.device, stop: StopReque
     save_dir = None if config.run.directory is None else Path(config.run.directory)
     is_main = torch.distributed.get_rank() == 0
     _say(format_choices(inputs.ops))
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        _say("note: --sequence-parallel has no effect at --tensor-model-parallel-size 1")
     _say(_beginning(config, inputs))
     with Reporter(save_dir, config, is_main, config.train.train_iters) as reporter:
         trainer = build_trainer(config, inputs, device, reporter)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from megatron_prune.architecture import TensorSpec, tensor_specs
 from megatron_prune.model.attention import LayerShape, RMSNorm
-from megatron_prune.model.transformer import DecoderLayer, LMHead, logits
+from megatron_prune.model.transformer import DecoderLayer, LMHead
 from megatron_prune.ops.dispatch import Ops
 from megatron_prune.parallel.layers import TensorParallel
+from megatron_prune.parallel.linear_loss import linear_cross_entropy
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.parallel.partition import DEAD, Partition, is_split, live
-from megatron_prune.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron_prune.parallel.vocab import VocabParallelEmbedding
 
 TIED_KEY = "embed_tokens"
 
@@ -96,18 +97,19 @@ def build_pipeline(
     table = (rows, first, valid, hidden, tp)
     if arch.tie_embeddings:
         embed = TiedLayerSpec(TIED_KEY, VocabParallelEmbedding, *table)
-        head: LayerSpec = TiedLayerSpec(TIED_KEY, VocabParallelEmbedding, *table, forward_fn=logits)
+        head: LayerSpec = TiedLayerSpec(TIED_KEY, VocabParallelEmbedding, *table, forward_fn=_enter_head)
     else:
         embed = LayerSpec(VocabParallelEmbedding, *table)
-        head = LayerSpec(LMHead, rows, hidden, tp)
+        head = LayerSpec(_UntiedHead, rows, hidden, tp)
 
-    def loss(scores: Tensor, labels: Tensor) -> Tensor:
+    def loss(entered: Tensor, labels: Tensor) -> Tensor:
+        entered, labels, weight = entered.flatten(0, -2), labels.flatten(), _head_weight(pipeline)
         if tp.size == 1:
-            return ops.cross_entropy(scores.flatten(0, -2), labels.flatten())
-        return vocab_parallel_cross_entropy(scores.flatten(0, -2), labels.flatten(), first, valid, tp)
+            return ops.cross_entropy(entered, weight, labels)
+        return linear_cross_entropy(entered, weight, labels, first, valid, tp)
 
     copies = mesh.world_size // (mesh.tp_size * mesh.pp_size)
-    return PipelineModule(
+    pipeline = PipelineModule(
         layers=[embed, *layers, last_norm, head],
         topology=PipeModelDataParallelTopology(num_pp=mesh.pp_size, num_mp=mesh.tp_size, num_dp=copies),
         loss_fn=loss,
@@ -115,6 +117,25 @@ def build_pipeline(
         activation_checkpoint_interval=1 if recompute else 0,
         checkpointable_layers=[DecoderLayer.__name__],
     )
+    return pipeline
+
+
+class _UntiedHead(LMHead):
+    """The last layer of the pipeline: its product is formed together with the loss, which multiplies by the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tp.enter(x)
+
+
+def _enter_head(embedding: VocabParallelEmbedding, x: Tensor) -> Tensor:
+    return embedding.tp.enter(x)
+
+
+def _head_weight(pipeline: PipelineModule) -> Tensor:
+    """Weight of the output projection; compaction replaces it, so it is looked up each time."""
+    tied = TIED_KEY in pipeline.tied_modules
+    head = pipeline.tied_modules[TIED_KEY] if tied else pipeline.forward_funcs[-1]
+    return cast(Tensor, head.weight)
 
 
 def named_parameters(pipeline: PipelineModule, partition: Partition) -> list[NamedParameter]:

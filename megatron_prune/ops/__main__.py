@@ -11,10 +11,11 @@ import torch
 
 from megatron_prune.errors import EXIT_BAD_INPUT, UserError
 from megatron_prune.ops.dispatch import build_ops, format_choices, parse_forced
+from megatron_prune.ops.saliency import describe_modules
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print PyTorch's version, the device and the table of operations.
+    """Print PyTorch's version, the device, the table of operations and what became of the compiled modules.
 
     Returns:
         The exit code: 0, or 2 when a forced implementation cannot be had.
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     print(f"torch {torch.__version__}, python {platform.python_version()}, {_describe(device)}\n")
     print(format_choices(ops))
+    print("\n" + "\n".join(describe_modules()))
     return 0
 
 

@@ -15,7 +15,7 @@ import torch
 
 from megatron_prune.config.values import nearest
 from megatron_prune.errors import UserError
-from megatron_prune.ops import activation, attention, loss, norm, optimizer
+from megatron_prune.ops import activation, attention, loss, norm, optimizer, saliency, saliency_torch
 
 #: Device types for which torch.optim.AdamW(fused=True) exists.
 FUSED_ADAM_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -27,7 +27,8 @@ class OpChoice:
 
     Attributes:
         op: operation, e.g. ``rms_norm``.
-        implementation: ``transformer-engine``, ``apex``, ``fused`` (a PyTorch kernel) or ``torch`` (written out).
+        implementation: ``transformer-engine``, ``apex``, ``csrc`` (our kernels), ``fused`` (a PyTorch kernel) or
+            ``torch`` (written out).
         reason: why this one, and why the preferred ones before it were passed over.
     """
 
@@ -44,16 +45,18 @@ class Ops:
         rms_norm: :func:`megatron_prune.ops.norm.rms_norm`.
         swiglu: :func:`megatron_prune.ops.activation.swiglu`.
         attention: :func:`megatron_prune.ops.attention.attention`.
-        cross_entropy: :func:`megatron_prune.ops.loss.cross_entropy`.
+        cross_entropy: :func:`megatron_prune.ops.loss.chunked`.
         adam: :func:`megatron_prune.ops.optimizer.adam`.
+        saliency: :class:`megatron_prune.ops.saliency.Saliency`.
         choices: which implementation each of them is, and why.
     """
 
     rms_norm: norm.RmsNorm
     swiglu: activation.Swiglu
     attention: attention.Attention
-    cross_entropy: loss.CrossEntropy
+    cross_entropy: loss.HeadLoss
     adam: optimizer.Adam
+    saliency: saliency.Saliency
     choices: tuple[OpChoice, ...]
 
 
@@ -64,7 +67,7 @@ class _Candidate:
     name: str
     devices: tuple[str, ...] | None
     note: str
-    load: Callable[[], Callable[..., Any]]
+    load: Callable[[], Any]
 
 
 class _Unavailable(Exception):
@@ -86,11 +89,11 @@ def build_ops(forced: Mapping[str, str], device: torch.device) -> Ops:
     Raises:
         UserError: a forced implementation is unknown or cannot be used here.
     """
-    chosen: dict[str, Callable[..., Any]] = {}
+    chosen: dict[str, Any] = {}
     choices = []
-    for op, candidates in _candidates().items():
+    for op, candidates in _candidates(device.type).items():
         if op in forced:
-            candidate = _named(op, forced[op])
+            candidate = _named(op, forced[op], device.type)
             chosen[op] = _load_forced(op, candidate, device)
             choices.append(OpChoice(op, candidate.name, "forced"))
             continue
@@ -122,10 +125,13 @@ def format_choices(ops: Ops) -> str:
     return "\n".join(f"{op:<{widths[0]}}  {name:<{widths[1]}}  {why}" for op, name, why in rows)
 
 
-def _candidates() -> dict[str, tuple[_Candidate, ...]]:
-    """Every operation with its implementations, the preferred one first. Names are the fields of :class:`Ops`."""
+def _candidates(device_type: str = "cpu") -> dict[str, tuple[_Candidate, ...]]:
+    """Every operation with its implementations, the preferred one first. Names are the fields of :class:`Ops`.
+
+    The names are the same for every device; ``csrc`` is another module for each.
+    """
     gpu = ("cuda",)
-    te, apex, fused, plain = "transformer-engine", "apex", "fused", "torch"
+    te, apex, csrc, fused, plain = "transformer-engine", "apex", "csrc", "fused", "torch"
     written_out = "written out in PyTorch, runs everywhere"
     return {
         "rms_norm": (
@@ -144,10 +150,11 @@ def _candidates() -> dict[str, tuple[_Candidate, ...]]:
             _Candidate(plain, None, written_out, lambda: attention.attention),
         ),
         "cross_entropy": (
-            _Candidate(te, gpu, "gradient in place of the logits", loss.load_transformer_engine),
-            _Candidate(apex, gpu, "fused softmax and loss", loss.load_apex),
-            _Candidate(fused, None, "torch.nn.functional.cross_entropy", lambda: loss.fused_cross_entropy),
-            _Candidate(plain, None, written_out, lambda: loss.cross_entropy),
+            _Candidate("chunked", None, "with the output projection, never holds all logits", lambda: loss.chunked),
+            _Candidate(te, gpu, "gradient in place of logits", lambda: loss.on_logits(loss.load_transformer_engine())),
+            _Candidate(apex, gpu, "fused softmax and loss", lambda: loss.on_logits(loss.load_apex())),
+            _Candidate(fused, None, "torch's cross_entropy", lambda: loss.on_logits(loss.fused_cross_entropy)),
+            _Candidate(plain, None, written_out, lambda: loss.on_logits(loss.cross_entropy)),
         ),
         # PyTorch's own fused AdamW goes first: as fast as the libraries', and its state is the one PyTorch documents.
         "adam": (
@@ -156,11 +163,20 @@ def _candidates() -> dict[str, tuple[_Candidate, ...]]:
             _Candidate(apex, gpu, "FusedAdam", optimizer.load_apex),
             _Candidate(plain, None, "torch.optim.AdamW, runs everywhere", lambda: optimizer.adam),
         ),
+        "saliency": (
+            _Candidate(
+                csrc,
+                tuple(saliency.MODULES),
+                "our kernels: one pass over weight and gradient",
+                lambda: saliency.load_csrc(device_type),
+            ),
+            _Candidate(plain, None, written_out, saliency_torch.TorchSaliency),
+        ),
     }
 
 
-def _named(op: str, implementation: str) -> _Candidate:
-    table = _candidates()
+def _named(op: str, implementation: str, device_type: str = "cpu") -> _Candidate:
+    table = _candidates(device_type)
     if op not in table:
         raise UserError(f"unknown op {op!r}{nearest(op, table)} (ops: {', '.join(table)})")
     by_name = {candidate.name: candidate for candidate in table[op]}
@@ -170,7 +186,7 @@ def _named(op: str, implementation: str) -> _Candidate:
     return by_name[implementation]
 
 
-def _load(candidate: _Candidate, device: torch.device) -> Callable[..., Any]:
+def _load(candidate: _Candidate, device: torch.device) -> Any:
     if candidate.devices is not None and device.type not in candidate.devices:
         raise _Unavailable(f"needs {' or '.join(candidate.devices)}, the device is {device.type}")
     try:
@@ -181,7 +197,7 @@ def _load(candidate: _Candidate, device: torch.device) -> Callable[..., Any]:
         raise _Unavailable(f"{type(error).__name__}: {first_line}") from error
 
 
-def _load_forced(op: str, candidate: _Candidate, device: torch.device) -> Callable[..., Any]:
+def _load_forced(op: str, candidate: _Candidate, device: torch.device) -> Any:
     try:
         return _load(candidate, device)
     except _Unavailable as why:
@@ -190,9 +206,7 @@ def _load_forced(op: str, candidate: _Candidate, device: torch.device) -> Callab
         ) from why
 
 
-def _first_usable(
-    op: str, candidates: tuple[_Candidate, ...], device: torch.device
-) -> tuple[Callable[..., Any], OpChoice]:
+def _first_usable(op: str, candidates: tuple[_Candidate, ...], device: torch.device) -> tuple[Any, OpChoice]:
     passed_over = []
     for candidate in candidates:
         try:

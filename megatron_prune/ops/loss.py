@@ -1,4 +1,4 @@
-"""Cross-entropy of next-token prediction, the mean over all rows."""
+"""Cross-entropy of next-token prediction, the mean over all rows: from logits, or from the head's input and weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_prune.parallel.layers import TensorParallel
+from megatron_prune.parallel.linear_loss import linear_cross_entropy
+
+#: ``logits [N, V], labels [N] -> loss``
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+#: ``hidden [N, D], weight [V, D], labels [N] -> loss``
+HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The whole vocabulary's :func:`~megatron_prune.parallel.linear_loss.linear_cross_entropy`.
+
+    Args:
+        hidden: ``[N, D]``, what the output projection multiplies.
+        weight: ``[V, D]`` of the output projection.
+        labels: ``[N]`` int64.
+    """
+    return linear_cross_entropy(hidden, weight, labels, 0, len(weight), TensorParallel())
+
+
+def on_logits(kernel: CrossEntropy) -> HeadLoss:
+    """A loss of the head's input from one that takes logits, which then exist in full."""
+    return lambda hidden, weight, labels: kernel(F.linear(hidden, weight), labels)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

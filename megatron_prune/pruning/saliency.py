@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_prune.architecture import TensorSpec
+from megatron_prune.ops.saliency import Piece, Saliency
 from megatron_prune.parallel.partition import DEAD, IntArray, Partition, live
-from megatron_prune.parallel.placement import blocks
-from megatron_prune.pruning.metrics import Metric, elementwise
+from megatron_prune.pruning.metrics import Metric, element_score
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -81,31 +81,12 @@ def is_output_matrix(spec: TensorSpec) -> bool:
     return spec.name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight"))
 
 
-def fragment_sums(scores: Tensor, start: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Row and column sums of a flat fragment of a matrix, in fp64.
-
-    Args:
-        scores: ``[numel]`` element scores.
-        start: position of the first in the flattened matrix.
-        shape: ``(rows, columns)`` of the whole matrix.
-
-    Returns:
-        ``rows [shape[0]]`` and ``columns [shape[1]]``, zero where the fragment does not reach.
-    """
-    rows = torch.zeros(shape[0], dtype=torch.float64, device=scores.device)
-    columns = torch.zeros(shape[1], dtype=torch.float64, device=scores.device)
-    for block in blocks(start, scores.numel(), shape[1]):
-        values = block.view(scores)
-        rows[block.rows] += values.sum(1, dtype=torch.float64)
-        columns[block.columns] += values.sum(0, dtype=torch.float64)
-    return rows, columns
-
-
 @torch.no_grad()
 def accumulate(
     fragments: Iterable[Fragment],
     partition: Partition,
     metric: Metric,
+    kernels: Saliency,
     layers: Sequence[int],
     sums: Sums,
     device: torch.device,
@@ -119,6 +100,7 @@ def accumulate(
         fragments: this rank's pieces of ``o_proj`` and ``down_proj`` of any layers of its stage.
         partition: the placement the fragments are in.
         metric: ``taylor`` or ``magnitude``.
+        kernels: to form the sums of a fragment with.
         layers: of this stage.
         sums: over the processes.
         device: where the sums are formed.
@@ -128,15 +110,17 @@ def accumulate(
         The stem is the same on every rank; heads and channels are those of this stage's layers, the same on all of
         its ranks, and zero for other layers.
     """
-    source, score = partition.source, elementwise(metric)
+    source = partition.source
     heads = torch.zeros(source.num_layers, source.num_attention_heads, dtype=torch.float64, device=device)
     ffn = torch.zeros(source.num_layers, source.ffn_hidden_size, dtype=torch.float64, device=device)
     stem = torch.zeros(len(partition.stem), dtype=torch.float64, device=device)
-    for fragment in fragments:
+    fragments = list(fragments)
+    pieces = [Piece(f.weight, f.grad, None, f.start, f.shape[1]) for f in fragments]
+    found = kernels.row_and_column_sums(pieces, element_score(metric))
+    for fragment, piece, (rows, columns) in zip(fragments, pieces, found, strict=True):
         layer = fragment.spec.layer
         assert layer is not None
-        rows, columns = fragment_sums(score(fragment.weight, fragment.grad), fragment.start, fragment.shape)
-        stem += rows
+        stem[piece.first_row : piece.first_row + piece.num_rows] += rows
         if fragment.spec.axes[1] == "heads":
             per_head = columns.view(-1, source.head_dim).sum(1)
             _scatter(heads[layer], partition.slots("heads", layer, tp_rank), per_head)

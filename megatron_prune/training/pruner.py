@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_prune.errors import MegatronPruneError
+from megatron_prune.ops.saliency import Saliency
 from megatron_prune.parallel.collectives import agreed, all_reduce_sum_, sum_over_stage_, sum_over_stages_
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.pruning.groups import units
@@ -29,6 +30,7 @@ class PruneRules:
         metric: element score.
         norm: how types are compared.
         seed: of the ``random`` metric.
+        kernels: the saliency sums.
     """
 
     budget: Budget
@@ -36,6 +38,7 @@ class PruneRules:
     metric: Metric
     norm: SaliencyNorm
     seed: int
+    kernels: Saliency
 
 
 class Pruner:
@@ -101,6 +104,7 @@ class Pruner:
             self._engine.output_fragments(),
             partition,
             self._rules.metric,
+            self._rules.kernels,
             self._engine.layers,
             Sums(
                 over_stage=lambda vector: sum_over_stage_(vector, self._mesh),

@@ -29,6 +29,7 @@ from megatron_prune.config import (
 )
 from megatron_prune.model.pipeline import build_pipeline
 from megatron_prune.model.transformer import initial_tensor
+from megatron_prune.ops.saliency import Saliency
 from megatron_prune.parallel.collectives import agreed
 from megatron_prune.parallel.mesh import Mesh, make_mesh
 from megatron_prune.parallel.partition import Partition
@@ -90,7 +91,7 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     return Trainer(
         config,
         engine,
-        None if budget is None else _pruner(config, budget, progress, engine, mesh),
+        None if budget is None else _pruner(config, budget, progress, engine, inputs.ops.saliency, mesh),
         Batches(inputs.train, inputs.valid, config.train.micro_batch_size, config.train.global_batch_size, mesh),
         mesh,
         ledger,
@@ -139,13 +140,15 @@ def _budget(config: Config, source: Architecture) -> Budget | None:
     )
 
 
-def _pruner(config: Config, budget: Budget, progress: Progress, engine: PruningEngine, mesh: Mesh) -> Pruner:
+def _pruner(
+    config: Config, budget: Budget, progress: Progress, engine: PruningEngine, kernels: Saliency, mesh: Mesh
+) -> Pruner:
     prune = config.prune
     pruning, gradient = parse_ratio(prune.prune_ratio)
     start = max(config.prune_start_iter, progress.pace_from)
     schedule = Schedule(pruning, gradient, start, progress.pace_spent)
     assert prune.prune_metric != "param_first", "the schema turns the alias into taylor"
-    rules = PruneRules(budget, schedule, prune.prune_metric, prune.saliency_norm, config.train.seed)
+    rules = PruneRules(budget, schedule, prune.prune_metric, prune.saliency_norm, config.train.seed, kernels)
     return Pruner(engine, mesh, rules)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from layout_runs import Cluster, Runs
+
+pytest.register_assert_rewrite("layout_runs")  # before its first import, or its comparisons fail without saying how
+
+from layout_runs import Cluster, Runs  # noqa: E402
 
 
 @pytest.fixture(scope="session")

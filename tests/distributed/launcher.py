@@ -13,7 +13,6 @@ named in the answer, and a rank that hangs dumps the stack of all its threads an
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import gc
 import importlib
@@ -21,12 +20,13 @@ import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 #: Imported before the first fork. DeepSpeed imports the second, and half of torch's compiler with it, when it checks
 #: its first optimizer.
@@ -50,7 +50,7 @@ def main() -> None:
 
 def _serve(request: dict[str, Any]) -> int | None:
     """Run one request; returns the rank that failed first, or None."""
-    port = _free_port()
+    keeper, port = _start_store()
     ranks: dict[int, int] = {}
     for rank in range(request["processes"]):
         child = os.fork()
@@ -60,13 +60,36 @@ def _serve(request: dict[str, Any]) -> int | None:
     failed = None
     while ranks:
         child, status = os.wait()
+        assert child in ranks, "the store died"
         rank = ranks.pop(child)
         if status and failed is None:
             failed = rank
             for peer in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(peer, signal.SIGKILL)
+                os.kill(peer, signal.SIGKILL)
+    os.kill(keeper, signal.SIGKILL)
+    os.waitpid(keeper, 0)
     return failed
+
+
+def _start_store() -> tuple[int, int]:
+    """Keep the ranks' store in a process of its own, as torchrun does; returns its id and the port.
+
+    The system chooses the port as the store binds it: a port that was looked up before may be taken meanwhile. And the
+    store has a thread, which a process that forks had better not have.
+    """
+    ours, theirs = os.pipe()
+    keeper = os.fork()
+    if not keeper:
+        try:
+            store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            os.write(theirs, str(store.port).encode())
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(theirs)
+    port = int(os.read(ours, 16))
+    os.close(ours)
+    return keeper, port
 
 
 def _become_rank(rank: int, port: int, request: dict[str, Any]) -> None:
@@ -80,6 +103,7 @@ def _become_rank(rank: int, port: int, request: dict[str, Any]) -> None:
         faulthandler.dump_traceback_later(request["timeout"], exit=True)
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["processes"], "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")  # the store is there
         code = _run_script(request["script"], request["arguments"])
     finally:
         sys.stdout.flush()
@@ -98,13 +122,6 @@ def _run_script(script: str, arguments: Sequence[str]) -> int:
         traceback.print_exc()
         return 1
     return 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

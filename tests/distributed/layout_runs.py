@@ -116,10 +116,14 @@ class Cluster:
 class Runs:
     """Runs of sources on layouts, each made once and kept for every test that asks.
 
-    Every number below is a choice for comparability. An initializer_range of 0.3 spreads saliencies, so that no choice
-    is a near tie; rounding errors grow through Adam, whose first steps divide a gradient by its own size, so the
-    learning rate is small and eps above the rounding of a gradient; clipping and weight decay are active; at 16 units
-    a step the budget is met after 7 of 14 steps and about as many compactions, and training goes on.
+    The numbers are chosen for comparability. An initializer_range of 0.3 spreads saliencies, so that no choice is a
+    near tie. Adam's first steps divide a gradient by its own size and so amplify its rounding: the learning rate is
+    small and eps well above that rounding. Clipping and weight decay are active. At 16 units a step the budget is met
+    after 6 or 7 of 14 steps and as many compactions, and training goes on.
+
+    The seed is one of which the problem is well conditioned, as single-process runs tell: with every source weight
+    changed by 1.2e-7 of itself, decisions stay and losses, gradient norms and weights move by less than half of what
+    the comparisons below allow.
     """
 
     def __init__(self, root: Path, cluster: Cluster) -> None:
@@ -133,7 +137,7 @@ class Runs:
 
         path = self.root / f"source-{source}"
         if not path.exists():
-            torch.manual_seed(3)
+            torch.manual_seed(7)
             config = MistralConfig(
                 vocab_size=VOCAB_SIZE,
                 hidden_size=40,

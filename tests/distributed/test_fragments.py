@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
+from layout_runs import HERE, Cluster, Layout, Runs, Source
 
-from megatron_prune.data.indexed import IndexedDatasetWriter
+from megatron_prune.architecture import tensor_specs
+from megatron_prune.checkpoint.hf import read_architecture
 
-TIMEOUT_SECONDS = 240
+SOURCE = Source(heads=6, kv_heads=3)
+CASES = [
+    ("fp32", Layout(data=2)),
+    ("fp32", Layout(2, 2)),
+    ("fp32", Layout(2, 2, 2, True)),
+    ("bf16", Layout()),
+    ("bf16", Layout(2)),
+    ("bf16", Layout(2, sequence_parallel=True)),
+    ("bf16", Layout(pipeline=2)),
+    ("bf16", Layout(data=2)),
+    ("bf16", Layout(2, 2)),
+    ("bf16", Layout(2, 2, sequence_parallel=True)),
+    ("bf16", Layout(2, 1, 2)),
+    ("bf16", Layout(2, 1, 2, True)),
+    ("bf16", Layout(1, 2, 2)),
+    ("bf16", Layout(2, 2, 2)),
+    ("bf16", Layout(2, 2, 2, True)),
+]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_fragments_match_the_safe_api(tmp_path: Path, precision: str) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-    }
-    LlamaForCausalLM(LlamaConfig(vocab_size=50, head_dim=8, **sizes)).save_pretrained(tmp_path / "source")
-    with IndexedDatasetWriter(str(tmp_path / "text"), np.uint16) as writer:
-        writer.add_document(np.random.default_rng(0).integers(50, size=2000))
-        writer.finalize()
-    flags = {
-        "source": tmp_path / "source",
-        "data-path": tmp_path / "text",
-        "seq-length": 8,
-        "global-batch-size": 4,
-        "train-iters": 2,
-        "lr-warmup-iters": 0,
-        "eval-interval": 0,
-        "precision": precision,
-        "save": tmp_path / "report.txt",
-    }
-    worker = Path(__file__).with_name("fragments_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
-    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert (tmp_path / "report.txt").read_text() == "8 gradients compared"
+@pytest.mark.parametrize(("precision", "layout"), CASES, ids=[f"{precision}-{layout}" for precision, layout in CASES])
+def test_fragments_match_the_safe_api(
+    runs: Runs, cluster: Cluster, tmp_path: Path, precision: str, layout: Layout
+) -> None:
+    flags = runs.flags(SOURCE, layout, tmp_path, precision=precision, eval_interval=0)
+    cluster.run(HERE / "fragments_worker.py", flags, layout.processes, tmp_path)
+    reports = [(tmp_path / f"rank{rank}.txt").read_text().splitlines() for rank in range(layout.processes)]
+    names = [spec.name for spec in tensor_specs(read_architecture(runs.source(SOURCE)))]
+    outputs = [name for name in names if name.endswith(("o_proj.weight", "down_proj.weight"))]
+    copies = layout.tensor * layout.data  # ranks of a stage
+    expected = [f"grad/{name}" for name in outputs] * 2  # in two steps
+    expected += [f"{kind}/{name}" for name in names for kind in ("master", "exp_avg", "exp_avg_sq")]
+    assert sorted(line for report in reports for line in report) == sorted(expected * copies)

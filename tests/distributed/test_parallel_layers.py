@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_prune.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
-from megatron_prune.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron_prune.parallel.linear_loss import linear_cross_entropy
+from megatron_prune.parallel.vocab import VocabParallelEmbedding
 
 HANG_SECONDS = 90
 BATCH, LENGTH, HIDDEN, FFN = 2, 6, 5, 7  # neither 2 nor 3 divides FFN: the last rank has dead channels
@@ -53,16 +54,19 @@ def test_one_process_is_plain_torch(sequence_parallel: bool) -> None:
     assert torch.equal(embedding(ids), F.embedding(ids, embedding.weight))
 
 
-def test_loss_of_one_process() -> None:
+@pytest.mark.parametrize("chunk", [None, 1, 4, 6, 100])
+def test_loss_of_one_process(chunk: int | None) -> None:
     torch.manual_seed(0)
     labels = torch.randint(11, (6,))
-    ours, theirs = (torch.randn(6, 11, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
-    loss = vocab_parallel_cross_entropy(ours, labels, 0, 11, TensorParallel())
-    expected = F.cross_entropy(theirs, labels)
-    loss.backward()
-    expected.backward()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    hidden, weight = torch.randn(6, 5).double().requires_grad_(), torch.randn(11, 5).double().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, 0, 11, TensorParallel(), chunk)
+    found = torch.autograd.grad(loss * 3, (hidden, weight))
+    expected = F.cross_entropy(F.linear(hidden, weight), labels)
+    close(loss, expected)
+    for own, complete in zip(found, torch.autograd.grad(expected * 3, (hidden, weight)), strict=True):
+        close(own, complete)
+    with torch.no_grad():
+        close(linear_cross_entropy(hidden, weight, labels, 0, 11, TensorParallel(), chunk), expected)
 
 
 def test_a_token_of_no_rank_fails_without_splitting() -> None:
@@ -178,8 +182,8 @@ def check_language_model(tp: TensorParallel, recompute: bool, vocab: int) -> Non
         return torch.tanh(embedding(ids))
 
     def head(x: Tensor) -> Tensor:
-        logits = F.linear(tp.enter(x), embedding.weight).flatten(0, 1)
-        return vocab_parallel_cross_entropy(logits, labels.flatten(), first, valid, tp)
+        entered = tp.enter(x).flatten(0, 1)
+        return linear_cross_entropy(entered, embedding.weight, labels.flatten(), first, valid, tp, chunk_tokens=5)
 
     loss = recomputed(head)(recomputed(stem)(ids)) if recompute else head(stem(ids))
     close(loss, expected)
@@ -192,7 +196,10 @@ def check_language_model(tp: TensorParallel, recompute: bool, vocab: int) -> Non
 
 
 def check_loss(tp: TensorParallel, vocab: int, strided: bool) -> None:
-    """The loss alone: NaN in the padding, another scale than 1, backward twice, and what it sends."""
+    """The loss alone: NaN in the padding, another scale than 1, backward twice, and what it sends.
+
+    The head is the identity, so that its input's gradient is the logits'.
+    """
     torch.manual_seed(3)
     count = 9
     full = torch.randn(count, vocab).requires_grad_()
@@ -200,20 +207,24 @@ def check_loss(tp: TensorParallel, vocab: int, strided: bool) -> None:
     expected = F.cross_entropy(full, labels)
     (expected * 3).backward()
     rows, first, valid = place_vocabulary(vocab, tp)
-    own = shard(full, 1, rows, tp)
-    own[:, valid:] = torch.nan
-    own = (own.t().contiguous().t() if strided else own).requires_grad_()
-    before = own.detach().clone()
+    weight = shard(torch.eye(vocab), 0, rows, tp)
+    weight[valid:] = torch.nan
+    weight.requires_grad_()
+    hidden = full.detach().clone()
+    hidden = (hidden.t().contiguous().t() if strided else hidden).requires_grad_()
+    before = hidden.detach().clone()
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sent:
-        loss = vocab_parallel_cross_entropy(own, labels, first, valid, tp)
+        loss = linear_cross_entropy(hidden, weight, labels, first, valid, tp, chunk_tokens=4)
         for _ in range(2):
-            own.grad = None
+            hidden.grad = weight.grad = None
             (loss * 3).backward(retain_graph=True)
-            close(grad_of(own)[:, :valid], shard(grad_of(full), 1, rows, tp)[:, :valid])
-            assert torch.count_nonzero(grad_of(own)[:, valid:]) == 0
+            mine = slice(first, first + valid)
+            close(grad_of(hidden)[:, mine], grad_of(full)[:, mine])
+            assert torch.count_nonzero(grad_of(weight)[valid:]) == 0
     close(loss, expected)
-    assert torch.equal(own[:, :valid], before[:, :valid])
-    assert [tuple(call.args[0].shape) for call in sent.call_args_list] == [(count,), (2, count)]
+    assert torch.equal(hidden, before)
+    chunks = [4, 4, 1]
+    assert [tuple(call.args[0].shape) for call in sent.call_args_list] == [s for n in chunks for s in ((n,), (2, n))]
 
 
 def check_extreme_loss(tp: TensorParallel) -> None:
@@ -224,16 +235,13 @@ def check_extreme_loss(tp: TensorParallel) -> None:
     labels = torch.arange(vocab)
     expected = F.cross_entropy(full, labels)
     expected.backward()
-    rows, first, valid = place_vocabulary(vocab, tp)
-    own = shard(full.detach(), 1, rows, tp).requires_grad_()
-    loss = vocab_parallel_cross_entropy(own, labels, first, valid, tp)
-    loss.backward()
+    loss, grad = identity_loss(full.detach(), labels, tp)
     close(loss, expected)
-    close(grad_of(own), shard(grad_of(full), 1, rows, tp))
+    close(grad, grad_of(full))
 
 
 def check_bf16_loss(tp: TensorParallel) -> None:
-    """bf16 logits: the loss is an fp32 one, the gradient rounded once."""
+    """bf16 logits: the loss is an fp32 one, and gradients are rounded twice, as softmax and as a product."""
     torch.manual_seed(4)
     vocab = 11
     full = (torch.randn(9, vocab) * 5).bfloat16()
@@ -241,14 +249,24 @@ def check_bf16_loss(tp: TensorParallel) -> None:
     exact = full.double().requires_grad_()
     expected = F.cross_entropy(exact, labels)
     expected.backward()
-    rows, first, valid = place_vocabulary(vocab, tp)
-    own = shard(full, 1, rows, tp).requires_grad_()
-    loss = vocab_parallel_cross_entropy(own, labels, first, valid, tp)
-    loss.backward()
+    loss, grad = identity_loss(full, labels, tp)
     assert loss.dtype == torch.float32
-    assert grad_of(own).dtype == torch.bfloat16
+    assert grad.dtype == torch.bfloat16
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(grad_of(own).double(), shard(grad_of(exact), 1, rows, tp), rtol=2**-8, atol=1e-9)
+    torch.testing.assert_close(grad.double(), grad_of(exact), rtol=2**-7, atol=1e-9)
+
+
+def identity_loss(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
+    """The loss of logits that an identity head passes on, and their gradient, added up over the ranks."""
+    vocab = logits.shape[1]
+    rows, first, valid = place_vocabulary(vocab, tp)
+    weight = shard(torch.eye(vocab), 0, rows, tp).to(logits.dtype)
+    hidden = logits.clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, first, valid, tp)
+    loss.backward()
+    grad = grad_of(hidden)
+    dist.all_reduce(grad, group=tp.group)
+    return loss.detach(), grad
 
 
 def check_inputs_survive(tp: TensorParallel) -> None:

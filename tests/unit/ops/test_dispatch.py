@@ -17,11 +17,13 @@ from megatron_prune.ops import attention as attention_ops
 from megatron_prune.ops.__main__ import main
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-OPS = ("rms_norm", "swiglu", "attention", "cross_entropy", "adam")
+BUILT_IN = ("rms_norm", "swiglu", "attention", "cross_entropy", "adam")
+OPS = (*BUILT_IN, "saliency")
 
 
 def chosen(ops: Ops) -> dict[str, str]:
-    return {choice.op: choice.implementation for choice in ops.choices}
+    """What was chosen, but for saliency: that depends on what this installation could build."""
+    return {choice.op: choice.implementation for choice in ops.choices if choice.op != "saliency"}
 
 
 class FakeRMSNorm(torch.nn.Module):
@@ -127,19 +129,19 @@ def test_cpu_choices() -> None:
         "rms_norm": "torch",  # quicker there than F.rms_norm
         "swiglu": "fused",
         "attention": "fused",
-        "cross_entropy": "fused",
+        "cross_entropy": "chunked",
         "adam": "fused",
     }
 
 
 def test_torch_ops_is_all_plain() -> None:
-    assert chosen(torch_ops()) == dict.fromkeys(OPS, "torch")
+    assert chosen(torch_ops()) == dict.fromkeys(BUILT_IN, "torch")
 
 
 @pytest.mark.usefixtures("no_libraries")
 def test_cuda_without_libraries_is_pytorchs_own() -> None:
     ops = build_ops({}, CUDA)
-    assert chosen(ops) == dict.fromkeys(OPS, "fused")
+    assert chosen(ops) == {**dict.fromkeys(BUILT_IN, "fused"), "cross_entropy": "chunked"}
     reasons = {choice.op: choice.reason for choice in ops.choices}
     assert "no transformer-engine" in reasons["rms_norm"]
     assert "no apex" in reasons["rms_norm"]
@@ -152,7 +154,7 @@ def test_cuda_with_both_libraries() -> None:
         "rms_norm": "transformer-engine",
         "swiglu": "fused",
         "attention": "transformer-engine",
-        "cross_entropy": "transformer-engine",
+        "cross_entropy": "chunked",
         "adam": "fused",
     }
 
@@ -161,7 +163,7 @@ def test_cuda_with_both_libraries() -> None:
 def test_cuda_with_apex_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     names = chosen(build_ops({}, CUDA))
-    assert (names["rms_norm"], names["cross_entropy"], names["attention"]) == ("apex", "apex", "fused")
+    assert (names["rms_norm"], names["attention"]) == ("apex", "fused")
 
 
 @pytest.mark.usefixtures("no_libraries")
@@ -198,8 +200,10 @@ def test_library_wrappers_compute_the_same(library: str) -> None:
     torch.testing.assert_close(gains[0].grad, gains[1].grad)
 
     for dtype in (torch.float32, torch.bfloat16):
-        logits, labels = torch.randn(5, 7, generator=generator).to(dtype), torch.tensor([0, 6, 2, 2, 1])
-        torch.testing.assert_close(ops.cross_entropy(logits, labels), plain.cross_entropy(logits, labels))
+        hidden, weight = (torch.randn(size, 4, generator=generator).to(dtype) for size in (5, 7))
+        labels = torch.tensor([0, 6, 2, 2, 1])
+        expected = plain.cross_entropy(hidden, weight, labels)
+        torch.testing.assert_close(ops.cross_entropy(hidden, weight, labels), expected)
 
     q, k, v = (torch.randn(2, heads, 5, 4, generator=generator) for heads in (4, 2, 2))
     for window in (None, 2, 9):

@@ -16,6 +16,7 @@ from megatron_prune.architecture import Architecture, Rope, tensor_specs
 from megatron_prune.model.pipeline import layer_shapes
 from megatron_prune.model.transformer import CausalLM
 from megatron_prune.ops.dispatch import torch_ops
+from megatron_prune.ops.saliency_torch import TorchSaliency
 from megatron_prune.parallel.partition import DEAD, Partition, live
 from megatron_prune.pruning.planner import Budget, choose
 from megatron_prune.pruning.saliency import Fragment, SaliencyVectors, Sums, accumulate, is_output_matrix
@@ -72,7 +73,8 @@ class MaskedModel:
             rows, columns = weight.shape
             fragments.append(Fragment(spec, weight.flatten(), weight.grad.flatten(), 0, (rows, columns)))
         layers = range(self.partition.source.num_layers)
-        return accumulate(fragments, self.partition, "taylor", layers, Sums(), torch.device("cpu"))
+        kernels = TorchSaliency()
+        return accumulate(fragments, self.partition, "taylor", kernels, layers, Sums(), torch.device("cpu"))
 
     def sgd(self) -> None:
         with torch.no_grad():

@@ -1,0 +1,123 @@
+"""Output projection and cross-entropy in one, a chunk of tokens at a time: the full logits never exist.
+
+At a vocabulary of 49,152 and 8 x 2,048 tokens the fp32 logits alone take 3.2 GB, more than every activation of a small
+model. Here one chunk of them exists at a time, and its part of both gradients is formed at once, while it is there; the
+backward pass only scales them. A vocabulary may be whole or split (see :mod:`~megatron_prune.parallel.vocab`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_prune.parallel.layers import TensorParallel
+from megatron_prune.parallel.vocab import local_rows
+
+#: Bytes of logits that exist at a time: large enough for full-speed products, small beside the activations.
+CHUNK_BYTES: Final = {"cpu": 96 << 20, "cuda": 512 << 20}
+LEAST_CHUNK: Final = 128  # tokens
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    first: int,
+    valid: int,
+    tp: TensorParallel,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Mean cross-entropy of ``hidden @ weight.T`` against labels.
+
+    Args:
+        hidden: ``[N, D]``, any floating dtype, the same on every rank: it went through :meth:`TensorParallel.enter`.
+        weight: ``[rows, D]``, this rank's tokens; rows from ``valid`` on are padding and get a gradient of zero.
+        labels: ``[N]`` int64, every one a token of some rank.
+        first: first token id of this rank.
+        valid: rows that hold a token, possibly 0.
+        tp: who shares the vocabulary.
+        chunk_tokens: tokens whose logits exist at a time; by default as many as ``CHUNK_BYTES`` hold.
+
+    Returns:
+        Scalar, the same on every rank, in at least fp32. Products are formed in the dtype of ``hidden``; softmax, sums
+        over tokens and the gradient of the weight are kept in at least fp32.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if chunk_tokens is None:
+        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
+        chunk_tokens = max(LEAST_CHUNK, budget // (wide.itemsize * len(weight)))
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, first, valid, tp, chunk_tokens)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        first: int,
+        valid: int,
+        tp: TensorParallel,
+        chunk_tokens: int,
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        column, mine = local_rows(labels, first, valid)
+        live = weight[:valid]
+        trains = any(ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden) if trains else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if trains else None
+        total = hidden.new_zeros((), dtype=wide)
+        for start in range(0, len(hidden), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = (hidden[part] @ live.T).to(wide)
+            losses = _softmax_(logits, column[part], mine[part], tp)
+            total += losses.sum()
+            if d_hidden is None or d_weight is None:
+                continue
+            if valid:
+                logits.scatter_add_(1, column[part].unsqueeze(1), -mine[part].unsqueeze(1).to(wide))
+            narrow = logits.to(hidden.dtype)
+            torch.mm(narrow, live, out=d_hidden[part])
+            _add_product_(d_weight[:valid], narrow, hidden[part])
+        if d_hidden is not None:
+            ctx.save_for_backward(d_hidden, d_weight)
+            ctx.weight_dtype = weight.dtype
+        return total / len(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = grads[0] / len(d_hidden)
+        # Rounded into the narrow result directly: a second wide matrix would double the peak.
+        scaled = torch.mul(d_weight, scale, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
+        return d_hidden * scale.to(d_hidden.dtype), scaled, None, None, None, None, None
+
+
+def _softmax_(logits: Tensor, column: Tensor, mine: Tensor, tp: TensorParallel) -> Tensor:
+    """Turn a chunk's logits ``[n, valid]`` into probabilities over the whole vocabulary in place; losses ``[n]``."""
+    empty = not logits.shape[1]
+    top = logits.new_full((len(logits),), -torch.inf) if empty else logits.amax(dim=1)
+    if tp.size > 1:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=tp.group)
+    logits.sub_(top.unsqueeze(1))
+    chosen = torch.zeros_like(top) if empty else logits.gather(1, column.unsqueeze(1)).squeeze(1).masked_fill(~mine, 0)
+    sums = torch.stack([logits.exp_().sum(dim=1), chosen])
+    if tp.size > 1:
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=tp.group)
+    logits.div_(sums[0].unsqueeze(1))
+    return sums[0].log() - sums[1]
+
+
+def _add_product_(total: Tensor, narrow: Tensor, hidden: Tensor) -> None:
+    """``total += narrow.T @ hidden`` in the precision of the total."""
+    if total.dtype == narrow.dtype:
+        total.addmm_(narrow.T, hidden)
+    else:
+        total.add_(narrow.T @ hidden)
