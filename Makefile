@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := megatron_prune tools tests benchmarks setup.py $(wildcard pretrain_prune.py)
+SOURCES := megatron_prune tools tests benchmarks csrc setup.py $(wildcard pretrain_prune.py)
+KERNELS := $(wildcard csrc/*.py csrc/*.h csrc/*.cpp csrc/*.cu)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-source test checks bench clean
@@ -14,13 +15,15 @@ help: ## this list
 setup: $(INSTALLED) ## .venv with the package and the tools for working on it
 
 # Torch first and by itself: the other packages ask for any torch at all, and an open requirement would be met with
-# the newest build instead of the pinned one. pip itself is left as the interpreter brought it.
-$(INSTALLED): setup.py pyproject.toml constraints.txt
+# the newest build instead of the pinned one. pip itself is left as the interpreter brought it. The install compiles
+# csrc, or leaves it out; as pip keeps to itself what a build prints, the last line says which kernels there are.
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " \
 		+ sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m megatron_prune.ops
 	@touch $@
 
 demo: $(INSTALLED) ## the main job on real text: prune, continue, export, compare (about 5 minutes on 2 cores)
@@ -41,4 +44,5 @@ bench: $(INSTALLED) ## benchmarks: ratios against a peer measured in the same pr
 
 clean: ## remove everything that make has made: .venv, the demo's runs, caches
 	rm -rf $(VENV) runs/demo runs/demo-source build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f megatron_prune/_C*.so megatron_prune/csrc_build.json
 	find megatron_prune tools tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ from megatron_prune.architecture import Architecture
 from megatron_prune.model.rope import RotaryTables, apply_rope
 from megatron_prune.ops.dispatch import Ops
 from megatron_prune.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from megatron_prune.parallel.matmul import linear_together
 
 #: Entry of ``kv_of_head`` for a query slot that is dead padding.
 DEAD_HEAD: Final = -1
@@ -150,9 +151,10 @@ class Attention(nn.Module):
         batch, seq_length, _ = x.shape
         cos, sin = rotary(seq_length, x.device, x.dtype)
         shape, head_dim = self.shape, self.head_dim
-        q = self.q_proj(x).view(batch, seq_length, shape.heads, head_dim)
-        k = self.k_proj(x).view(batch, seq_length, shape.kv_heads, head_dim)
-        v = self.v_proj(x).view(batch, seq_length, shape.kv_heads, head_dim).transpose(1, 2)
+        q, k, v = linear_together(x, (self.q_proj, self.k_proj, self.v_proj))
+        q = q.view(batch, seq_length, shape.heads, head_dim)
+        k = k.view(batch, seq_length, shape.kv_heads, head_dim)
+        v = v.view(batch, seq_length, shape.kv_heads, head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = apply_rope(q.transpose(1, 2), cos, sin)

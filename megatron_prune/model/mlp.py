@@ -8,6 +8,7 @@ from megatron_prune.architecture import Architecture
 from megatron_prune.model.attention import LayerShape
 from megatron_prune.ops.dispatch import Ops
 from megatron_prune.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from megatron_prune.parallel.matmul import linear_together
 
 
 class MLP(nn.Module):
@@ -30,5 +31,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]. Dead channels are zero in and out: silu(0) * 0 = 0."""
-        x = self.tp.enter(x)
-        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = linear_together(self.tp.enter(x), (self.gate_proj, self.up_proj))
+        return self.down_proj(self.ops.swiglu(gate, up))

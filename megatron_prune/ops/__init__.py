@@ -1,4 +1,4 @@
-"""The model's five hot operations, each in several implementations chosen once per run.
+"""The model's hot operations, each in several implementations chosen once per run.
 
 ``dispatch`` picks; the other modules hold one operation each. Nothing here knows of layers or processes.
 """

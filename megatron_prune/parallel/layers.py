@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron_prune.parallel.matmul import linear
+
 # torch 2.13 gave these two their present names and warns about the former ones, the only ones before it.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -82,7 +84,12 @@ class ColumnParallelLinear(nn.Linear):
 
     ``weight`` is ``[out/size, in]`` (padding included) and ``bias`` ``[out/size]``. The forward pass is the plain
     product: its input must have gone through :meth:`TensorParallel.enter`, which layers with the same input share.
+    They share the product too, see :func:`~megatron_prune.parallel.matmul.linear_together`.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out/size]``."""
+        return linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Linear):
@@ -107,8 +114,8 @@ class RowParallelLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, S, in/size]`` to ``[B, S | S/size, out]``."""
         if self.tp.size == 1:
-            return super().forward(x)
-        total = self.tp.leave(nn.functional.linear(x, self.weight))
+            return linear(x, self.weight, self.bias)
+        total = self.tp.leave(linear(x, self.weight))
         return total if self.bias is None else total + self.bias
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_prune.parallel.layers import TensorParallel
+from megatron_prune.parallel.matmul import product_dtype
 from megatron_prune.parallel.vocab import local_rows
 
 #: Bytes of logits that exist at a time: large enough for full-speed products, small beside the activations.
@@ -43,8 +44,9 @@ def linear_cross_entropy(
         chunk_tokens: tokens whose logits exist at a time; by default as many as ``CHUNK_BYTES`` hold.
 
     Returns:
-        Scalar, the same on every rank, in at least fp32. Products are formed in the dtype of ``hidden``; softmax, sums
-        over tokens and the gradient of the weight are kept in at least fp32.
+        Scalar, the same on every rank, in at least fp32. Products are formed in
+        :func:`~megatron_prune.parallel.matmul.product_dtype`; softmax, sums over tokens and the gradient of the weight
+        are kept in at least fp32.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if chunk_tokens is None:
@@ -68,23 +70,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         column, mine = local_rows(labels, first, valid)
-        live = weight[:valid]
+        live = weight[:valid].to(product_dtype(hidden))
         trains = any(ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if trains else None
         d_weight = torch.zeros_like(weight, dtype=wide) if trains else None
         total = hidden.new_zeros((), dtype=wide)
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = (hidden[part] @ live.T).to(wide)
+            entered = hidden[part].to(live.dtype)
+            logits = (entered @ live.T).to(wide)
             losses = _softmax_(logits, column[part], mine[part], tp)
             total += losses.sum()
             if d_hidden is None or d_weight is None:
                 continue
             if valid:
                 logits.scatter_add_(1, column[part].unsqueeze(1), -mine[part].unsqueeze(1).to(wide))
-            narrow = logits.to(hidden.dtype)
-            torch.mm(narrow, live, out=d_hidden[part])
-            _add_product_(d_weight[:valid], narrow, hidden[part])
+            narrow = logits.to(live.dtype)
+            d_hidden[part] = narrow @ live
+            _add_product_(d_weight[:valid], narrow, entered)
         if d_hidden is not None:
             ctx.save_for_backward(d_hidden, d_weight)
             ctx.weight_dtype = weight.dtype

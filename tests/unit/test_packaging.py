@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -38,6 +39,16 @@ def test_every_requirement_is_pinned_within_its_range(repo_root: Path) -> None:
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"constraints.txt does not pin {requirement.name}"
         assert requirement.specifier.contains(version), f"{requirement} against the pinned {version}"
+
+
+def test_build_requirements_are_those_of_the_tests_and_not_torch(repo_root: Path) -> None:
+    """The tests compile with the pinned versions; a build that needed torch would fetch gigabytes to be isolated."""
+    text = (repo_root / "pyproject.toml").read_text(encoding="utf-8")
+    match = re.search(r"^requires = \[(.*?)\]", text, re.MULTILINE)
+    assert match is not None
+    requirements = [Requirement(item) for item in re.findall(r'"([^"]+)"', match.group(1))]
+    assert {requirement.name for requirement in requirements} == {"setuptools", "pybind11"}
+    assert {str(requirement) for requirement in requirements} <= {str(one) for one in _ranges(repo_root)}
 
 
 def test_torch_is_pinned_without_a_build(repo_root: Path) -> None:
