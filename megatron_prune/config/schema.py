@@ -140,6 +140,10 @@ class TrainConfig:
     recompute: bool = False
     """Keep only each layer's input and recompute the rest in the backward pass: less memory, a third more work."""
 
+    compile: bool = False
+    """Compile the decoder layers with torch.compile. Every physical compaction compiles again: raise --prune-align so
+    that there are few."""
+
     op_impl: tuple[str, ...] = ()
     """Force implementations, as OP=IMPLEMENTATION (rms_norm=torch); `python -m megatron_prune.ops` lists them."""
 

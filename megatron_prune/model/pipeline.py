@@ -72,7 +72,7 @@ def layer_shapes(partition: Partition, tp_rank: int = 0) -> tuple[LayerShape, ..
 
 
 def build_pipeline(
-    partition: Partition, ops: Ops, mesh: Mesh, *, sequence_parallel: bool, recompute: bool
+    partition: Partition, ops: Ops, mesh: Mesh, *, sequence_parallel: bool, recompute: bool, compile_layers: bool
 ) -> PipelineModule:
     """Build this process's stage of the model.
 
@@ -82,6 +82,7 @@ def build_pipeline(
         mesh: the layout.
         sequence_parallel: split the sequence over the tensor-parallel ranks between blocks.
         recompute: checkpoint the activations of every decoder layer.
+        compile_layers: run the decoder layers through torch.compile.
 
     Returns:
         A module whose loss is the mean cross-entropy of ``[B, S]`` next tokens.
@@ -117,6 +118,9 @@ def build_pipeline(
         activation_checkpoint_interval=1 if recompute else 0,
         checkpointable_layers=[DecoderLayer.__name__],
     )
+    for layer in pipeline.modules():
+        if compile_layers and isinstance(layer, DecoderLayer):
+            layer.compile()
     return pipeline
 
 

@@ -197,6 +197,9 @@ class PruningEngine:
         for entry in self._parameters:
             entry.replace(torch.empty(0))
         gc.collect()
+        torch.compiler.reset()  # what was compiled holds for the old sizes; a few such leftovers and dynamo gives up
+        if self._mesh.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks of the old sizes would lie idle beside the new ones
 
     def parameters(self) -> tuple[NamedParameter, ...]:
         """This rank's parameters, in model order."""

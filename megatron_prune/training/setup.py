@@ -69,7 +69,12 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     sequence_parallel = parallel.sequence_parallel and mesh.tp_size > 1
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layer table
         pipeline = build_pipeline(
-            partition, inputs.ops, mesh, sequence_parallel=sequence_parallel, recompute=config.train.recompute
+            partition,
+            inputs.ops,
+            mesh,
+            sequence_parallel=sequence_parallel,
+            recompute=config.train.recompute,
+            compile_layers=config.train.compile,
         )
     # Ranks that read different directories (a --save that is not shared) would train different models.
     agreed(f"resume {progress.step} events {progress.events}", mesh)

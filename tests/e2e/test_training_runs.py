@@ -166,3 +166,11 @@ def test_keep_last_prunes_old_checkpoints(workspace: Any) -> None:
     names = [path.name for path in complete_checkpoints(workspace.root / "keep")]
     assert names == ["step_00000008", "step_00000009"]
     assert not list((workspace.root / "keep" / "checkpoints").glob(".writing*"))
+
+
+def test_compiled_layers_train_the_same_across_a_compaction(workspace: Any, assert_same_run: Any) -> None:
+    changes = {"train_iters": 6, "prune_ratio": "8:1", "target_shape": "hidden=30,ffn=40,heads=4", "eval_interval": 0}
+    workspace.run_ok(workspace.flags("eager", **changes))
+    output = workspace.run_ok([*workspace.flags("compiled", **changes), "--compile"])
+    assert "compaction" in output
+    assert_same_run(workspace.root / "eager", workspace.root / "compiled", 2e-6)

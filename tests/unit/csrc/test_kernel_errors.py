@@ -165,7 +165,7 @@ def test_workspace_must_be_there_large_and_aligned(emulated_module: ModuleType) 
     call = Call(emulated_module)
     needed = emulated_module.workspace_bytes([call.fields()])
     assert needed > 0
-    with pytest.raises(ValueError, match=f"workspace of {needed - 1} bytes is too small: workspace_bytes says {needed}"):
+    with pytest.raises(ValueError, match=f"{needed - 1} bytes is too small: workspace_bytes says {needed}"):
         call.run("score", [call.fields()], 0, workspace_bytes=needed - 1)
     with pytest.raises(ValueError, match="workspace_ptr is a null pointer"):
         call.run("score", [call.fields()], 0, workspace_ptr=0)

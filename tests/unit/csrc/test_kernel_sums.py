@@ -144,7 +144,7 @@ widths = st.one_of(st.integers(1, 40), st.integers(1, 512).map(lambda n: 8 * n),
 
 @st.composite
 def pieces(draw: st.DrawFn) -> list[Piece]:
-    """Up to five fragments: one matrix, or a part of it, cut anywhere; each with dtypes and misalignments of its own."""
+    """Up to five fragments: one matrix, or a part of it, cut anywhere; each has its dtypes and misalignments."""
     columns = draw(widths)
     rows = draw(st.integers(1, min(200, 40_000 // columns + 1)))
     size = rows * columns
@@ -156,9 +156,9 @@ def pieces(draw: st.DrawFn) -> list[Piece]:
     constant = draw(st.booleans())  # rounding errors of equal numbers do not cancel
 
     def operand(dtype: torch.dtype, numel: int, factor: float) -> Tensor:
-        drawn = torch.rand(1, generator=generator).expand(numel) if constant else torch.randn(numel, generator=generator)
+        values = torch.randn(1 if constant else numel, generator=generator).expand(numel)
         offset = draw(st.sampled_from([0, 0, 8, 1, 2, 3, 5]))
-        return misplaced((factor * drawn).to(dtype), offset)
+        return misplaced((factor * values).to(dtype), offset)
 
     result = []
     for start, end in zip(cuts, cuts[1:], strict=False):
@@ -233,7 +233,8 @@ def test_nan_and_inf_reach_their_own_sums_only(kernels: Kernels, kind: str, colu
         flat = [torch.rand(70 * columns - 24, generator=generator) for _ in range(3)]
         if poison:
             flat[0][41 * columns + 9 - 8] = value  # row 41, column 9 of a fragment that starts at element 8
-        piece = Piece(*(misplaced(operand, 8) for operand in flat), start=8, columns=columns)
+        weight, grad, hess = (misplaced(operand, 8) for operand in flat)
+        piece = Piece(weight, grad, hess, 8, columns)
         kernels.call("score", [piece.score_item()], KINDS[kind])
         return piece.rows.checked(), piece.column_sums.checked()
 
