@@ -34,7 +34,7 @@ struct Reduction {
   bool add_to_columns = false; // add to columns_out instead of overwriting it
 };
 
-// A contiguous piece of a row-major matrix [rows, columns]: elements start .. start + numel - 1 of the flattened matrix.
+// A contiguous piece of a row-major matrix [rows, columns]: elements start .. start + numel - 1, flattened.
 struct Fragment {
   const void *weight = nullptr;
   const void *grad = nullptr;

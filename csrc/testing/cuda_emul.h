@@ -244,7 +244,7 @@ inline cudaError_t cudaRuntimeGetVersion(int *version) {
   *version = 0;
   return cudaSuccess;
 }
-inline const char *cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "emulated error"; }
+inline const char *cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "emulated"; }
 
 template <class Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 threads, void **arguments, std::size_t,

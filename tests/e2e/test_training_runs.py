@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -174,3 +175,16 @@ def test_compiled_layers_train_the_same_across_a_compaction(workspace: Any, asse
     output = workspace.run_ok([*workspace.flags("compiled", **changes), "--compile"])
     assert "compaction" in output
     assert_same_run(workspace.root / "eager", workspace.root / "compiled", 2e-6)
+
+
+def test_kernels_and_fallback_write_the_same_ledger(workspace: Any, assert_same_run: Any) -> None:
+    fallback = [*workspace.flags("fallback"), "--op-impl", "saliency=torch"]
+    kernels = [*workspace.flags("kernels"), "--op-impl", "saliency=csrc"]
+    if importlib.util.find_spec("megatron_prune._C") is None:  # installed without a compiler
+        refused = workspace.run(kernels)
+        assert refused.returncode == 2
+        assert "is not built" in refused.stderr
+        return
+    workspace.run_ok(fallback)
+    workspace.run_ok(kernels)
+    assert_same_run(workspace.root / "fallback", workspace.root / "kernels", 1e-6)

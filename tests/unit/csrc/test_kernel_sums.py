@@ -7,6 +7,7 @@ fragment poisons its sums, a write beyond is seen.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -173,6 +174,22 @@ def pieces(draw: st.DrawFn) -> list[Piece]:
 def test_scores_match_fp64(kernels: Kernels, drawn: list[Piece], kind: str) -> None:
     kernels.call("score", [piece.score_item() for piece in drawn], KINDS[kind])
     for piece in drawn:
+        piece.check(piece.element_scores(kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [0, 4, 8])
+@pytest.mark.parametrize("offsets", itertools.product([0, 4, 5], repeat=3), ids=str)
+def test_each_operand_may_be_misaligned_alone(
+    kernels: Kernels, offsets: tuple[int, int, int], start: int, dtype: torch.dtype
+) -> None:
+    """Columns allow 16-byte loads, so that the place of each operand alone decides; chance meets this too seldom."""
+    generator = torch.Generator().manual_seed(start)
+    w, g, h = (torch.rand(5 * 24 - start - 2, generator=generator) for _ in range(3))
+    weight, grad = misplaced(w.to(dtype), offsets[0]), misplaced(g.to(dtype), offsets[1])
+    piece = Piece(weight, grad, misplaced(h, offsets[2]), start, 24)
+    for kind in ("taylor", "diag-hessian", "taylor-mixed"):
+        kernels.call("score", [piece.score_item()], KINDS[kind])
         piece.check(piece.element_scores(kind))
 
 
