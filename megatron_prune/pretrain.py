@@ -16,6 +16,7 @@ from megatron_prune.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILURE,
     EXIT_REQUEUE,
+    ConfigError,
     MegatronPruneError,
     StopRequested,
     UserError,
@@ -112,8 +113,13 @@ def _beginning(config: Config, inputs: Inputs) -> str:
 
 
 def _complain(error: MegatronPruneError) -> None:
-    """Print an error on every process: only one node may lack a file, and only one rank may meet a bad sample."""
+    """Print an error on every process: only one node may lack a file, and only one rank may meet a bad sample.
+
+    Settings that are wrong are wrong on every process of a node: one of them says so.
+    """
     rank = os.environ.get("RANK", "0")
+    if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
+        return
     print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 

@@ -34,10 +34,13 @@ def poisoned(workspace: Any, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "source", tmp_path / "text"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_nan_batch_is_skipped(workspace: Any, poisoned: tuple[Path, Path], read_jsonl: Any, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "split"), [("fp32", 1), ("bf16", 1), ("fp32", 2)])
+def test_a_nan_batch_is_skipped(
+    workspace: Any, poisoned: tuple[Path, Path], read_jsonl: Any, precision: str, split: int
+) -> None:
+    """Alone and on ``split`` tensor-parallel ranks of ``split`` stages, of which only the first reads the poison."""
     source, data = poisoned
-    name = f"nan-{precision}"
+    name = f"nan-{precision}-{split}"
     flags = workspace.flags(
         name,
         source=source,
@@ -50,8 +53,10 @@ def test_a_nan_batch_is_skipped(workspace: Any, poisoned: tuple[Path, Path], rea
         prune_ratio="1:1",
         prune_axes="ffn",
         target_shape="ffn=24",
+        tensor_model_parallel_size=split,
+        pipeline_model_parallel_size=split,
     )
-    output = workspace.run_ok(flags)
+    output = workspace.run_ok(flags, processes=split * split)
     assert "non-finite gradient" in output
     lines = read_jsonl(workspace.root / name / "metrics.jsonl")
     bad = [line["step"] for line in lines if line["loss"] is None]
