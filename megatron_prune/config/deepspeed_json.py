@@ -26,8 +26,13 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // samples_at_once,
         "gradient_clipping": config.optim.clip_grad,
-        # Saliency reads each parameter's fragment of the gradient; round robin breaks that look-up.
-        "zero_optimization": {"stage": 1, "round_robin_gradients": False},
+        "zero_optimization": {
+            "stage": 1,
+            # Saliency reads each parameter's fragment of the gradient; round robin breaks that look-up.
+            "round_robin_gradients": False,
+            # Under a pipeline DeepSpeed would allocate whole buckets, 2 GB each, anew at every step.
+            "contiguous_gradients": False,
+        },
         # The optimizer may be one that DeepSpeed does not list, such as transformer-engine's FusedAdam.
         "zero_allow_untested_optimizer": True,
         # Reentrant recomputation of the embedding has no gradient to start from and leaves the next stage waiting.
