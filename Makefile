@@ -7,7 +7,7 @@ SOURCES := megatron_prune tools tests benchmarks csrc setup.py $(wildcard pretra
 KERNELS := $(wildcard csrc/*.py csrc/*.h csrc/*.cpp csrc/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-source test checks bench clean
+.PHONY: help setup demo demo-source test test-gpu checks bench bench-gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -35,12 +35,24 @@ demo-source: $(INSTALLED) ## make the demo's source model again (examples/demo/s
 test: $(INSTALLED) ## all tests
 	$(BIN)/python -m pytest -q tests
 
+# pytest would only say that it found no tests.
+test-gpu: $(INSTALLED) ## the tests of the CUDA kernels; needs an NVIDIA GPU
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+		"make test-gpu needs an NVIDIA GPU and there is none here; make test tests everything else")'
+	$(BIN)/python -m pytest -q tests/gpu
+
 checks: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(SOURCES)
 
 bench: $(INSTALLED) ## benchmarks: ratios against a peer measured in the same process
-	$(BIN)/python benchmarks/saliency_step.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/decision_cost.py
+	$(BIN)/python benchmarks/vs_transformers.py --model 30M
+
+bench-gpu: $(INSTALLED) ## benchmarks on an NVIDIA GPU: bandwidth of the kernels, MFU, memory, compaction
+	$(BIN)/python benchmarks/gpu_kernels.py
+	$(BIN)/python benchmarks/gpu_step.py
 
 clean: ## remove everything that make has made: .venv, the demo's runs, caches
 	rm -rf $(VENV) runs/demo runs/demo-source build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

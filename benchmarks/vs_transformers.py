@@ -82,8 +82,8 @@ def make_steps(options: argparse.Namespace, scratch: Path) -> dict[str, Step]:
 
     shape = SHAPES[options.model]
     torch.manual_seed(0)
-    length = {"max_position_embeddings": options.seq_length}
-    config = LlamaConfig(**shape, **length, head_dim=HEAD_DIM, tie_word_embeddings=True)
+    settings: dict[str, Any] = {**shape, "max_position_embeddings": options.seq_length, "head_dim": HEAD_DIM}
+    config = LlamaConfig(**settings, tie_word_embeddings=True)
     model = LlamaForCausalLM(config)
     model.save_pretrained(scratch / "source")
     write_tokens(scratch / "text", shape["vocab_size"], 4 * options.micro_batch_size * options.seq_length)

@@ -75,10 +75,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if trains else None
         d_weight = torch.zeros_like(weight, dtype=wide) if trains else None
         total = hidden.new_zeros((), dtype=wide)
+        chunk = min(chunk_tokens, len(hidden))
+        products = hidden.new_empty(chunk, valid, dtype=live.dtype)  # one buffer for all chunks: fresh pages cost time
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             entered = hidden[part].to(live.dtype)
-            logits = (entered @ live.T).to(wide)
+            logits = torch.mm(entered, live.T, out=products[: len(entered)]).to(wide)
             losses = _softmax_(logits, column[part], mine[part], tp)
             total += losses.sum()
             if d_hidden is None or d_weight is None:
@@ -91,16 +93,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_hidden is not None:
             ctx.save_for_backward(d_hidden, d_weight)
             ctx.weight_dtype = weight.dtype
+            ctx.spent = False
         return total / len(hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "the loss of the output projection can be differentiated once: its backward pass scales "
+                "gradients in place"
+            )
+        ctx.spent = True
         d_hidden, d_weight = ctx.saved_tensors
         scale = grads[0] / len(d_hidden)
-        # Rounded into the narrow result directly: a second wide matrix would double the peak.
-        scaled = torch.mul(d_weight, scale, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
-        return d_hidden * scale.to(d_hidden.dtype), scaled, None, None, None, None, None
+        # In place: a second matrix of the vocabulary would be the peak of the whole step.
+        d_hidden.mul_(scale.to(d_hidden.dtype))
+        return d_hidden, d_weight.mul_(scale).to(ctx.weight_dtype), None, None, None, None, None
 
 
 def _softmax_(logits: Tensor, column: Tensor, mine: Tensor, tp: TensorParallel) -> Tensor:
