@@ -87,6 +87,9 @@ def _train(config: Config, inputs: Inputs, device: torch.device, stop: StopReque
     _say(format_choices(inputs.ops))
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         _say("note: --sequence-parallel has no effect at --tensor-model-parallel-size 1")
+    forced_loss = any(choice.startswith("cross_entropy=") for choice in config.train.op_impl)
+    if forced_loss and config.parallel.tensor_model_parallel_size > 1:
+        _say("note: --op-impl cross_entropy has no effect under tensor parallel: the vocabulary is split, its loss too")
     _say(_beginning(config, inputs))
     with Reporter(save_dir, config, is_main, config.train.train_iters) as reporter:
         trainer = build_trainer(config, inputs, device, reporter)

@@ -52,7 +52,9 @@ def linear_cross_entropy(
     if chunk_tokens is None:
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
         chunk_tokens = max(LEAST_CHUNK, budget // (wide.itemsize * len(weight)))
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, first, valid, tp, chunk_tokens)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, labels, first, valid, tp, chunk_tokens, torch.is_grad_enabled()
+    )
     return loss
 
 
@@ -67,11 +69,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         valid: int,
         tp: TensorParallel,
         chunk_tokens: int,
+        trains: bool,  # needs_input_grad is true of a weight under no_grad as well
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         column, mine = local_rows(labels, first, valid)
         live = weight[:valid].to(product_dtype(hidden))
-        trains = any(ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if trains else None
         d_weight = torch.zeros_like(weight, dtype=wide) if trains else None
         total = hidden.new_zeros((), dtype=wide)
@@ -109,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = grads[0] / len(d_hidden)
         # In place: a second matrix of the vocabulary would be the peak of the whole step.
         d_hidden.mul_(scale.to(d_hidden.dtype))
-        return d_hidden, d_weight.mul_(scale).to(ctx.weight_dtype), None, None, None, None, None
+        return d_hidden, d_weight.mul_(scale).to(ctx.weight_dtype), None, None, None, None, None, None
 
 
 def _softmax_(logits: Tensor, column: Tensor, mine: Tensor, tp: TensorParallel) -> Tensor:

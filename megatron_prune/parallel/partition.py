@@ -155,7 +155,8 @@ class Partition:
         """Deal the live units out afresh to so many ranks, no more dead padding than the widths need.
 
         Units go to ranks in source order, counts differing by one at most; every rank gets the same width, a multiple
-        of the quantum (heads: of one). A KV head goes wherever one of its queries goes.
+        of the quantum (heads: of one) but never wider than the source's. A KV head goes wherever one of its queries
+        goes.
 
         Args:
             tensor_parallel: ranks that share every layer.
@@ -170,8 +171,8 @@ class Partition:
             kv_heads.append(_stacked([np.unique(kv_of_head[live(row)]) for row in heads[layer]], 1))
         return dataclasses.replace(
             self,
-            stem=_dealt(live(self.stem), 1, quantum)[0],
-            ffn=tuple(ffn),
+            stem=_frozen(_dealt(live(self.stem), 1, quantum)[0][: self.source.hidden_size]),
+            ffn=tuple(_frozen(array[:, : -(-self.source.ffn_hidden_size // tensor_parallel)]) for array in ffn),
             heads=tuple(heads),
             kv_heads=tuple(kv_heads),
         )

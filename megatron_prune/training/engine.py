@@ -108,8 +108,7 @@ class PruningEngine:
         self.partition = partition
         self._parameters = named_parameters(self._pipeline, partition)
         for entry in self._parameters:
-            master = states(entry.spec, "master").to(self._mesh.device)
-            entry.replace(place(master, entry.spec, partition, self._mesh.tp_rank).to(self._precision))
+            self._place(entry, states(entry.spec, "master"))  # no name here: one whole tensor at a time
         follow_partition(self._pipeline, partition, self._mesh.tp_rank)
         self._find_shared_rows()
         self._engine = self._initialize()
@@ -119,6 +118,10 @@ class PruningEngine:
         for kind in STATE_KINDS if adam_steps else STATE_KINDS[:1]:
             for entry in self._parameters:
                 self._fill(entry, kind, states(entry.spec, kind))
+
+    def _place(self, entry: NamedParameter, master: Tensor) -> None:
+        physical = place(master.to(self._mesh.device), entry.spec, self.partition, self._mesh.tp_rank)
+        entry.replace(physical.to(self._precision))
 
     def compact(self, partition: Partition, adam_steps: int) -> None:
         """Move to a partition with fewer slots, keeping every live weight, master and moment.

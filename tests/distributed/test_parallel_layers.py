@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from megatron_prune.parallel import linear_loss
 from megatron_prune.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from megatron_prune.parallel.linear_loss import linear_cross_entropy
 from megatron_prune.parallel.vocab import VocabParallelEmbedding
@@ -65,8 +66,9 @@ def test_loss_of_one_process(chunk: int | None) -> None:
     close(loss, expected)
     for own, complete in zip(found, torch.autograd.grad(expected * 3, (hidden, weight)), strict=True):
         close(own, complete)
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(linear_loss, "_add_product_") as product:
         close(linear_cross_entropy(hidden, weight, labels, 0, 11, TensorParallel(), chunk), expected)
+    assert not product.called, "an evaluation forms no gradients"
 
 
 def test_a_token_of_no_rank_fails_without_splitting() -> None:

@@ -65,6 +65,9 @@ def test_compaction_keeps_live_units_and_aligns_widths(partition: Partition, qua
 def test_ranks_get_equal_shares_and_the_kv_heads_they_need(partition: Partition, ranks: int, quantum: int) -> None:
     spread = partition.spread(ranks, quantum)
     assert spread.architecture() == partition.architecture()
+    source = Partition.of(ARCH, ranks)
+    assert len(spread.stem) <= len(source.stem)
+    assert spread.ffn[0].shape[1] <= source.ffn[0].shape[1], "never wider than the source"
     for layer in range(ARCH.num_layers):
         for array in (spread.ffn[layer], spread.heads[layer]):
             counts = [len(live(row)) for row in array]
