@@ -18,7 +18,11 @@ def test_batch_sizes_multiply(world_size: int) -> None:
 
 
 def test_stage_one_without_round_robin() -> None:
-    assert deepspeed_config(Config(), 1)["zero_optimization"] == {"stage": 1, "round_robin_gradients": False}
+    assert deepspeed_config(Config(), 1)["zero_optimization"] == {
+        "stage": 1,
+        "round_robin_gradients": False,
+        "contiguous_gradients": False,
+    }
 
 
 def test_precision_and_recompute() -> None:
