@@ -66,6 +66,8 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     progress = _resumed(config, checkpoint, met) if checkpoint else Progress()
     parallel = config.parallel
     mesh = make_mesh(device, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    # Ranks that read different directories (a --save that is not shared) would build different models.
+    agreed(f"resume {progress.step} events {progress.events}", mesh)
     sequence_parallel = parallel.sequence_parallel and mesh.tp_size > 1
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layer table
         pipeline = build_pipeline(
@@ -76,8 +78,6 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
             recompute=config.train.recompute,
             compile_layers=config.train.compile,
         )
-    # Ranks that read different directories (a --save that is not shared) would train different models.
-    agreed(f"resume {progress.step} events {progress.events}", mesh)
     optim = config.optim
     engine = PruningEngine(
         pipeline,

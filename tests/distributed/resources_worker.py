@@ -1,8 +1,8 @@
 """Run by launcher.py on every rank: counts what a decision sends and what compactions leave behind.
 
 Writes ``rankN.json`` into the run directory: for every compaction the process groups, file descriptors, threads, live
-engines and resident memory after it, for the last one its peak and the sizes in the formula; for every decision the
-collectives it made.
+engines and resident memory after it, its peak, the sizes in the formula and how many whole tensors were alive at once;
+for every decision the collectives it made.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import gc
 import json
 import os
 import sys
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.distributed import distributed_c10d
 
 from megatron_prune import pretrain
-from megatron_prune.architecture import tensor_specs
-from megatron_prune.parallel.partition import Partition
+from megatron_prune.architecture import TensorSpec, tensor_specs
+from megatron_prune.parallel.partition import Partition, is_split
+from megatron_prune.parallel.states import StateKind, StateSource
 from megatron_prune.training import setup
 from megatron_prune.training.loop import Trainer
 
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "reduce", "all_gather_object", "broadcast_object_list")
+RELEASE_TRIES, RELEASE_SECONDS = 50, 0.01
 
 
 class Traffic:
@@ -95,6 +99,31 @@ def peak_of(action: Callable[[], None]) -> int:
     return peak
 
 
+class WholeTensors:
+    """Counts the whole tensors alive at once between a source of states and the shards made from them."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._alive: list[weakref.ref[torch.Tensor]] = []
+
+    def counting(self, states: StateSource) -> StateSource:
+        """The same source, counted."""
+
+        def counted(spec: TensorSpec, kind: StateKind) -> torch.Tensor:
+            whole = states(spec, kind)
+            for _ in range(RELEASE_TRIES if self.most < 2 else 1):  # gloo's thread holds a finished sum for a moment
+                self._alive = [reference for reference in self._alive if reference() is not None]
+                if not self._alive:
+                    break
+                time.sleep(RELEASE_SECONDS)
+            if is_split(spec):  # what every rank has whole becomes the parameter
+                self._alive.append(weakref.ref(whole))
+            self.most = max(self.most, len(self._alive))
+            return whole
+
+        return counted
+
+
 def shard_sizes(trainer: Trainer, partition: Partition) -> dict[str, int]:
     """Elements of this rank's parameters and of its optimizer fragments under the present placement."""
     engine = trainer.engine
@@ -111,14 +140,18 @@ def watch(trainer: Trainer, report: Report, traffic: Traffic) -> Trainer:
     """Wrap a trainer's compaction and decision; returns it."""
     engine, pruner = trainer.engine, trainer._pruner
     assert pruner is not None
-    compact, decide = engine.compact, pruner.decide
+    start, compact, decide = engine.start, engine.compact, pruner.decide
+    whole = WholeTensors()
+
+    def start_and_count(partition: Partition, states: StateSource, adam_steps: int) -> None:
+        start(partition, whole.counting(states), adam_steps)
 
     def compact_and_look(partition: Partition, adam_steps: int) -> None:
-        before = shard_sizes(trainer, engine.partition)
+        before, whole.most = shard_sizes(trainer, engine.partition), 0
         peak = peak_of(lambda: compact(partition, adam_steps))
-        after = shard_sizes(trainer, partition)
+        after = {f"new_{name}": size for name, size in shard_sizes(trainer, partition).items()}
         report.resources.append(held_now())
-        report.peaks.append({"peak": peak, **{f"new_{k}": v for k, v in after.items()}, "largest": before["largest"]})
+        report.peaks.append({"peak": peak, **after, "largest": before["largest"], "whole_tensors": whole.most})
 
     def decide_and_count(step: int, spent: int) -> None:
         arch = engine.partition.architecture()
@@ -137,7 +170,8 @@ def watch(trainer: Trainer, report: Report, traffic: Traffic) -> Trainer:
             }
         )
 
-    setattr(engine, "compact", compact_and_look)  # noqa: B010  # mypy: a method is replaced
+    setattr(engine, "start", start_and_count)  # noqa: B010  # mypy: a method is replaced
+    setattr(engine, "compact", compact_and_look)  # noqa: B010
     setattr(pruner, "decide", decide_and_count)  # noqa: B010
     return trainer
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from layout_runs import (
     HEAD_DIM,
+    WEIGHTS_ABS,
     Layout,
     Runs,
     Source,
@@ -107,6 +108,17 @@ def test_bf16_decides_by_its_gradients(runs: Runs) -> None:
         np.testing.assert_allclose(rank["heads"][own], heads[own], rtol=0.05)
         np.testing.assert_allclose(rank["ffn"][own], ffn[own], rtol=0.1)
         np.testing.assert_allclose(rank["stem"], stem, rtol=0.05)
+
+
+def test_a_snapshot_on_the_way_equals_one_process(runs: Runs) -> None:
+    """Of a tied model: the last stage has a copy of the embedding, which must not be added to it."""
+    baseline, run = (runs.get(TIED_GQA, layout, export_at="20K") for layout in (ONE, Layout(2, 2, 2)))
+    ours, theirs = (load_file(path / "exports" / "20K" / "model.safetensors") for path in (run, baseline))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).abs().max() <= WEIGHTS_ABS, name
+    sizes = [event["parameters"] for event in lines(baseline / "ledger.jsonl")]
+    assert sizes[0] > 20_000 > sizes[-1], "written on the way down"
 
 
 def first_saliency(runs: Runs, source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
