@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 
@@ -21,9 +22,20 @@ def _configure_environment() -> None:
 
 
 _configure_environment()
+# A shared machine is slow at moments; how long an example took says nothing about it.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The directory that holds pretrain_prune.py, tools/ and examples/."""
     return Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tell pytest-xdist what belongs together: a file with its fixtures, and all tests that share the forked runs."""
+    root = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(root)
+        item.add_marker(pytest.mark.xdist_group(place.parts[0] if place.parts[0] == "distributed" else str(place)))

@@ -199,7 +199,7 @@ def _values_of(setting: Setting) -> st.SearchStrategy[object]:
     return st.lists(_WORDS, max_size=3).map(tuple)
 
 
-@hypothesis_settings(deadline=None, max_examples=40)
+@hypothesis_settings(max_examples=40)
 @given(values=st.fixed_dictionaries({name: _values_of(setting) for name, setting in settings().items()}))
 def test_dump_reads_back(values: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> None:
     config = with_values(Config(), values)

@@ -25,7 +25,7 @@ CANARY = 12345.0
 PAD = 64
 
 property_test = settings(
-    deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=80, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 
 
@@ -295,7 +295,7 @@ def test_mixed_terms_cancel_without_loss(kernels: Kernels) -> None:
     piece.check(piece.element_scores("taylor-mixed"))
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=pieces(), kind=st.sampled_from(sorted(KINDS)))
 def test_bits_do_not_depend_on_threads_or_repetition(
     cpu_module: ModuleType, emulated_module: ModuleType, drawn: list[Piece], kind: str

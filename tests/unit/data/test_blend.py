@@ -48,7 +48,7 @@ def test_floor_sum_against_the_sum(count: int, step: int, offset: int, modulus: 
 
 
 class TestGlobalOrder:
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(weights=weights_lists, seed=st.integers(0, 2**40))
     def test_count_counts(self, weights: list[float], seed: int) -> None:
         order = GlobalOrder(weights, [5] * len(weights), seed)
@@ -57,7 +57,6 @@ class TestGlobalOrder:
             assert [order.count(source, n) for source in range(len(weights))] == [seen[s] for s in range(len(weights))]
             seen[order.source(n)] += 1
 
-    @settings(deadline=None)
     @given(weights=weights_lists, seed=st.integers(0, 2**40), n=st.integers(1, 10**18))
     def test_blend_is_in_proportion_at_any_point(self, weights: list[float], seed: int, n: int) -> None:
         order = GlobalOrder(weights, [5] * len(weights), seed)
@@ -76,7 +75,7 @@ class TestGlobalOrder:
             for source, weight in enumerate(weights):
                 assert abs(order.count(source, n) - n * Fraction(weight) / Fraction(sum(weights))) < 5
 
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(weights=weights_lists, size=st.integers(1, 20), seed=st.integers(0, 2**40))
     def test_every_pass_reads_every_sample_once(self, weights: list[float], size: int, seed: int) -> None:
         order = GlobalOrder(weights, [size] * len(weights), seed)

@@ -51,7 +51,7 @@ def test_blank_lines_and_a_missing_last_newline(tmp_path: Path) -> None:
     assert read_all([write(tmp_path / "a.jsonl", content)]) == ["a", "b"]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths=st.lists(st.integers(0, 60), max_size=30), shard_bytes=st.integers(1, 200))
 def test_cutting_json_lines_anywhere_loses_nothing(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], shard_bytes: int

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from megatron_prune.data.order import mix, permute
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(size=st.integers(1, 700), seed=st.integers(0, 2**63))
 def test_permute_is_a_bijection(size: int, seed: int) -> None:
     assert sorted(permute(index, size, seed) for index in range(size)) == list(range(size))
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 10**15), seed=st.integers(0, 2**63), data=st.data())
 def test_permute_stays_in_any_range_and_keeps_neighbours_apart(size: int, seed: int, data: st.DataObject) -> None:
     index = data.draw(st.integers(0, size - 1))

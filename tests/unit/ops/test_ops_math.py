@@ -122,7 +122,7 @@ def test_attention(implementation: attention.Attention, kv_heads: int, window: i
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 2),
     kv_heads=st.integers(1, 3),

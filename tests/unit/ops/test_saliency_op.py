@@ -123,7 +123,7 @@ def pieces(draw: st.DrawFn) -> Piece:
 
 @pytest.mark.parametrize("kind", Kind)
 @given(several=st.lists(pieces(), min_size=1, max_size=4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_sums_are_the_oracles(kind: Kind, several: list[Piece]) -> None:
     for which in implementations():
         for piece, sums in zip(several, which.row_and_column_sums(several, kind), strict=True):
@@ -131,7 +131,7 @@ def test_sums_are_the_oracles(kind: Kind, several: list[Piece]) -> None:
 
 
 @given(several=st.lists(pieces(), min_size=1, max_size=3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_wanda_sums_are_the_oracles(several: list[Piece]) -> None:
     norms = [torch.linspace(0.5, 3, piece.columns) for piece in several]
     for which in implementations():

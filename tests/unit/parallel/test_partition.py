@@ -41,7 +41,7 @@ def pruned_partitions(draw: st.DrawFn, most_ranks: int = 4) -> Partition:
 
 
 @given(pruned_partitions(), st.sampled_from([1, 4, 8, 64]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_compaction_keeps_live_units_and_aligns_widths(partition: Partition, quantum: int) -> None:
     small = partition.compacted(quantum)
     ranks = partition.tensor_parallel
@@ -61,7 +61,7 @@ def test_compaction_keeps_live_units_and_aligns_widths(partition: Partition, qua
 
 
 @given(pruned_partitions(), st.integers(1, 5), st.sampled_from([1, 8]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_ranks_get_equal_shares_and_the_kv_heads_they_need(partition: Partition, ranks: int, quantum: int) -> None:
     spread = partition.spread(ranks, quantum)
     assert spread.architecture() == partition.architecture()
@@ -79,7 +79,7 @@ def test_ranks_get_equal_shares_and_the_kv_heads_they_need(partition: Partition,
 
 
 @given(pruned_partitions(), st.sampled_from([1, 8]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_fragments_of_all_ranks_add_up_to_the_logical_tensor(partition: Partition, quantum: int) -> None:
     arch = partition.architecture()
     for where in (partition, partition.compacted(quantum)):
@@ -114,7 +114,7 @@ def test_blocks_cover_a_fragment_once_and_in_order(start: int, numel: int, width
 
 
 @given(pruned_partitions())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_placement_survives_json(partition: Partition) -> None:
     again = Partition.from_dict(ARCH, json.loads(json.dumps(partition.to_dict())))
     assert again.same_placement(partition)
@@ -122,14 +122,14 @@ def test_placement_survives_json(partition: Partition) -> None:
 
 
 @given(pruned_partitions())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_parameter_count_is_the_sum_over_the_tensors(partition: Partition) -> None:
     arch = partition.architecture()
     assert arch.num_parameters() == sum(int(np.prod(arch.tensor_shape(spec))) for spec in tensor_specs(arch))
 
 
 @given(pruned_partitions())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_kv_heads_live_exactly_as_long_as_a_query_reads_them(partition: Partition) -> None:
     for layer in range(ARCH.num_layers):
         kv_of_head = np.asarray(ARCH.kv_of_head(layer))
