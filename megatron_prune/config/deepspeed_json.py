@@ -49,6 +49,12 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     if train.precision == "bf16":
-        derived["bf16"] = {"enabled": True}
+        # Else fp32 sums take the gradients after the backward pass, and DeepSpeed clears all bf16 ones as soon as that
+        # reaches the pipeline's output. The loss lies beyond it: an untied output head would never learn, nor would a
+        # tied one on a stage of its own.
+        derived["bf16"] = {"enabled": True, "immediate_grad_update": True}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Unset, it is the model's: the fp32 sums, which saliency reads, would be rounded to bf16 to be added up over
+        # the copies of the model, even a single one, and 2 bytes for each parameter would hold them meanwhile.
+        derived["communication_data_type"] = "fp32"
     return derived

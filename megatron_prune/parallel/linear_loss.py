@@ -45,8 +45,10 @@ def linear_cross_entropy(
 
     Returns:
         Scalar, the same on every rank, in at least fp32. Products are formed in
-        :func:`~megatron_prune.parallel.matmul.product_dtype`; softmax, sums over tokens and the gradient of the weight
-        are kept in at least fp32.
+        :func:`~megatron_prune.parallel.matmul.product_dtype`; softmax, the loss and the running gradient of the weight
+        are kept in at least fp32. Where that dtype is bf16 the probabilities less the labels are rounded to it before
+        they are multiplied, and so is each chunk's product with the hidden states before it is added to the running
+        gradient of the weight; the sum itself is rounded once, in the backward pass, to the dtype of the weight.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if chunk_tokens is None:
@@ -86,10 +88,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses = _softmax_(logits, column[part], mine[part], tp)
             total += losses.sum()
             if d_hidden is None or d_weight is None:
+                del logits  # else they would lie beside the next chunk's
                 continue
             if valid:
                 logits.scatter_add_(1, column[part].unsqueeze(1), -mine[part].unsqueeze(1).to(wide))
-            narrow = logits.to(live.dtype)
+            narrow = products[: len(entered)].copy_(logits)
+            del logits  # else they would lie beside a product as large as the weight, and then the next chunk's
             d_hidden[part] = narrow @ live
             _add_product_(d_weight[:valid], narrow, entered)
         if d_hidden is not None:

@@ -29,7 +29,7 @@ STEPS = 2
 
 
 def main() -> None:
-    """Compare gradients and saliency inside two steps, then masters and moments after them."""
+    """Compare gradients, their sums and saliency inside two steps, then masters and moments after them."""
     config = load_config(sys.argv[1:])
     report = Path(str(config.run.save))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, save=None))
@@ -38,8 +38,11 @@ def main() -> None:
     trainer = build_trainer(config, inputs, device, Reporter(None, config, False, None))
     compared: list[str] = []
 
+    local = watch_local_gradients(trainer)
+
     def compare() -> None:
         compared.extend(compare_gradients(trainer))
+        compared.extend(compare_sums(trainer, local))
         compare_saliency(trainer)
 
     for step in range(STEPS):
@@ -64,6 +67,43 @@ def compare_gradients(trainer: Trainer) -> list[str]:
         torch.testing.assert_close(mine, product.flatten(), rtol=1e-6, atol=0)
         names.append(f"grad/{entry.spec.name}")
     return names
+
+
+def watch_local_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """BF16_Optimizer's gradients of this copy alone, by name, filled whenever DeepSpeed is about to add them up."""
+    local: dict[str, Tensor] = {}
+    raw = trainer.engine._engine
+    reduce = raw.buffered_allreduce_fallback
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        local.update((e.spec.name, trainer.engine._gradient(e).clone()) for e in trainer.engine.parameters())
+        reduce(*args, **kwargs)
+
+    raw.buffered_allreduce_fallback = watched
+    return local
+
+
+def compare_sums(trainer: Trainer, local: dict[str, Tensor]) -> list[str]:
+    """The mean over the copies against an fp32 one of the same summands: nothing was rounded to bf16 on the way."""
+    for entry in trainer.engine.parameters() if local else ():
+        parameter: Any = entry.parameter
+        mean = local[entry.spec.name]
+        dist.all_reduce(mean, group=parameter._dp_group)
+        mean /= trainer.mesh.dp_size
+        torch.testing.assert_close(trainer.engine._gradient(entry), mean, rtol=1e-6, atol=0)
+        if entry.spec.name == head_name(trainer):
+            tokens = trainer.engine.partition.slots("vocab", None, trainer.mesh.tp_rank)
+            rows = mean.view(entry.parameter.shape)[tokens != DEAD]
+            assert rows.any(1).all(), "the loss has a gradient for every token, in the text or not"
+        assert not torch.equal(mean.bfloat16().float(), mean), "rounding would not have shown"
+    names = [f"sum/{name}" for name in local]
+    local.clear()
+    return names
+
+
+def head_name(trainer: Trainer) -> str:
+    """The matrix of the output projection."""
+    return "model.embed_tokens.weight" if trainer.engine.partition.source.tie_embeddings else "lm_head.weight"
 
 
 def compare_saliency(trainer: Trainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from megatron_prune.config import Config, deepspeed_config
 from megatron_prune.config.yaml_file import with_values
@@ -29,6 +30,7 @@ def test_precision_and_recompute() -> None:
     fp32 = deepspeed_config(with_values(Config(), {"precision": "fp32"}), 1)
     assert "bf16" not in fp32
     assert "data_types" not in fp32
+    assert "communication_data_type" not in fp32
     bf16 = deepspeed_config(with_values(Config(), {"precision": "bf16", "recompute": True, "clip_grad": 0.5}), 1)
     assert bf16["bf16"]["enabled"] is True
     assert bf16["data_types"]["grad_accum_dtype"] == "fp32"
@@ -47,6 +49,7 @@ def test_deepspeed_reads_it_as_meant() -> None:
     assert read.zero_config.round_robin_gradients is False
     assert read.bfloat16_config.enabled is True
     assert read.grad_accum_dtype == "fp32"
+    assert read.communication_data_type == torch.float32
     assert read.gradient_accumulation_steps == 8
     assert read.gradient_clipping == 0.7
     assert read.pipeline["use_reentrant"] is False
