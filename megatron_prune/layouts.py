@@ -161,7 +161,26 @@ def format_layouts(layouts: Sequence[Layout], gpu_bytes: float) -> str:
     fitting = (
         f"fits: at most {usable} of {gpu_bytes / GIB:g} GiB; a tenth is for kernels and NCCL, which are not counted."
     )
-    return "\n".join([*lines, "", fitting, RULE])
+    return "\n".join([*lines, "", fitting, RULE if best else _nothing(layouts, gpu_bytes)])
+
+
+def _nothing(layouts: Sequence[Layout], gpu_bytes: float) -> str:
+    """One sentence in place of the rule where no layout can be recommended: why, and what to change."""
+    possible = [layout for layout in layouts if not layout.problem]
+    if not possible:
+        train = layouts[0].config.train
+        return (
+            f"no layout can run: change --global-batch-size {train.global_batch_size}, --micro-batch-size "
+            f"{train.micro_batch_size} or --gpus so that the batch is a multiple of micro-batch x DP."
+        )
+    least = min(possible, key=lambda layout: layout.peak(recompute=True))
+    needs = least.peak(recompute=True) / (1 - RESERVE) / GIB
+    micro = least.config.train.micro_batch_size
+    smaller = f"a --micro-batch-size below {micro}, " if micro > 1 else ""
+    return (
+        f"no layout fits: the least, TP {least.tensor} x PP {least.pipeline} with --recompute, needs GPUs of "
+        f"{needs:.1f} GiB; use {smaller}more GPUs or larger ones."
+    )
 
 
 def layouts_dict(layouts: Sequence[Layout], gpu_bytes: float) -> list[dict[str, Any]]:
@@ -225,7 +244,8 @@ def _parts(layout: Layout, recompute: bool) -> dict[str, float]:
         sizes["one whole parameter"] = memory.compaction - sum(sizes.values())
     else:
         sizes |= states
-        sizes["activations"] = memory.activations_recomputed if recompute else memory.activations
+        working = memory.working(recompute)
+        sizes["reduction of gradients" if working == memory.reduction else "activations"] = working
     return {name: size / GIB for name, size in sizes.items()}
 
 

@@ -11,13 +11,17 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
+from megatron_prune.activations import FP32_BYTES, Stage, activation_bytes
 from megatron_prune.architecture import Architecture, TensorSpec, tensor_specs
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
+from megatron_prune.parallel.stages import stage_layers
 
 GIB = 2**30
 
-_FP32_BYTES, _BF16_BYTES = 4, 2
+_BF16_BYTES = 2
+#: DeepSpeed reduces so many fp32 gradients in place, and joins what is smaller into a new tensor.
+_BUCKET_ELEMENTS = 500_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +33,9 @@ class Memory:
         gradients: the gradients, and in bf16 DeepSpeed's unsharded fp32 sums, in fp32 a share of the average.
         masters: fp32 masters, divided over the copies of the model (ZeRO-1).
         moments: both Adam moments in fp32, divided over the copies of the model.
-        activations: estimate, see :func:`activation_bytes`.
+        activations: what the passes hold and work with, see :func:`~megatron_prune.activations.activation_bytes`.
         activations_recomputed: the same with ``--recompute``.
+        reduction: what summing the gradients over the copies works with, when there are no activations.
         stage: the pipeline stage that the GPU works on.
         compaction: everything that lies there while tensors are cut, when there are no activations: weights and
             gradients, masters and moments twice (old and new, both counted at the old size), and one whole unsharded
@@ -43,13 +48,17 @@ class Memory:
     moments: int
     activations: int
     activations_recomputed: int
+    reduction: int
     stage: int
     compaction: int
 
+    def working(self, recompute: bool) -> int:
+        """What training holds beside the model: the activations of one choice, or the reduction that follows them."""
+        return max(self.activations_recomputed if recompute else self.activations, self.reduction)
+
     def total(self, recompute: bool) -> int:
-        """What training holds, with the activations of one choice."""
-        model = self.weights + self.gradients + self.masters + self.moments
-        return model + (self.activations_recomputed if recompute else self.activations)
+        """The most that training holds, with the activations of one choice."""
+        return self.weights + self.gradients + self.masters + self.moments + self.working(recompute)
 
     def peak(self, recompute: bool, compacts: bool) -> int:
         """The most that is ever held: training, or a compaction where the run has any."""
@@ -89,21 +98,6 @@ def num_micro_batches(config: Config, copies: int) -> int:
     return max(1, math.ceil(config.train.global_batch_size / (config.train.micro_batch_size * copies)))
 
 
-def stage_layers(num_layers: int, stages: int) -> tuple[range, ...]:
-    """Decoder layers of every stage: as even as can be, and the first stages take one more where it does not divide.
-
-    That is what DeepSpeed's ``partition_method="type:DecoderLayer"`` does.
-
-    Raises:
-        UserError: more stages than layers.
-    """
-    if stages > num_layers:
-        raise UserError(f"--pipeline-model-parallel-size {stages} is above the {num_layers} layers: use at most that")
-    least, extra = divmod(num_layers, stages)
-    ends = [least * stage + min(stage, extra) for stage in range(stages + 1)]
-    return tuple(range(start, end) for start, end in zip(ends, ends[1:], strict=False))
-
-
 def rank_shard(arch: Architecture, tensor_parallel: int) -> Architecture:
     """Shape of the fullest tensor-parallel rank's share, padding included, as an Architecture of its own.
 
@@ -129,55 +123,15 @@ def rank_shard(arch: Architecture, tensor_parallel: int) -> Architecture:
     )
 
 
-def activation_bytes(
-    shard: Architecture,
-    layers: range,
-    *,
-    tokens: int,
-    stem_tokens: int,
-    in_flight: int,
-    with_head: bool,
-    element_bytes: int,
-    recompute: bool,
-) -> int:
-    """Estimate of what the backward passes of one stage need, in bytes.
-
-    Per token and layer, in elements: 4 hidden (the inputs and outputs of the two norms), 2 query widths (q, and the
-    attention's output), 2 KV widths (k, v) and 4 ffn (gate, up, the activated gate, their product), the widths those of
-    the rank. Sequence parallelism divides the inputs of the norms alone: their outputs are kept as the blocks multiply
-    them, gathered. Attention is assumed to keep no score matrix and, where KV heads serve different numbers of queries,
-    no copies of them; a fused activation keeps one ffn less, and norms without a kernel of their own keep fp32 copies.
-    The output head adds its logits once in this precision and twice in fp32 (the upcast and its gradient). With
-    recomputation a layer keeps its input alone, and one layer at a time is whole.
-
-    Args:
-        shard: see :func:`rank_shard`.
-        layers: decoder layers of the stage.
-        tokens: of one micro-batch.
-        stem_tokens: those of them whose hidden state this rank keeps: all, or its part under sequence parallelism.
-        in_flight: micro-batches that have gone forward and not yet back.
-        with_head: the stage has the output head; it is the last one, with one micro-batch in flight.
-        element_bytes: of an activation.
-        recompute: keep layer inputs alone.
-    """
-    stem = stem_tokens * shard.hidden_size
-    whole = []
-    for layer in layers:
-        query, kv = shard.num_attention_heads * shard.head_dim, shard.num_kv_heads(layer) * shard.head_dim
-        whole.append(2 * stem + tokens * (2 * shard.hidden_size + 2 * query + 2 * kv + 4 * shard.ffn_hidden_size))
-    kept = in_flight * len(layers) * stem + max(whole) if recompute else in_flight * sum(whole)
-    head = tokens * shard.vocab_size * (element_bytes + 2 * _FP32_BYTES) if with_head else 0
-    return kept * element_bytes + head
-
-
 def stage_memory(arch: Architecture, config: Config, num_gpus: int) -> tuple[Memory, ...]:
     """Bytes on the fullest GPU of every pipeline stage at a shape.
 
     With P parameters on a stage's rank (a tied embedding lies on the first and on the last stage) and DP copies:
     weights ``2P`` in bf16 or ``4P`` in fp32; gradients ``2P + 4P`` or ``4P + 4P/DP``; masters ``4P/DP``; moments
-    ``8P/DP``. Under 1F1B stage ``s`` of PP keeps the activations of ``min(PP - s, micro-batches)`` micro-batches. Dead
-    padding that waits for a compaction (up to ``--prune-align`` channels a rank) is not known in advance and not
-    counted.
+    ``8P/DP``. DeepSpeed joins a small model's bf16 gradients, decayed and not, to sum them over the copies: ``4P``
+    where P is at most 500 M. Under 1F1B stage ``s`` of PP keeps the activations of ``min(PP - s, micro-batches)``
+    micro-batches. Dead padding that waits for a compaction (up to ``--prune-align`` channels a rank) is not known in
+    advance and not counted.
 
     Raises:
         UserError: the layout does not divide the GPUs, or has more stages than layers.
@@ -191,11 +145,9 @@ def stage_memory(arch: Architecture, config: Config, num_gpus: int) -> tuple[Mem
         specs = _stage_tensors(arch, layers, first=stage == 0, last=stage == stages - 1)
         parameters = sum(math.prod(shard.tensor_shape(spec)) for spec in specs)
         largest = max(math.prod(arch.tensor_shape(spec)) for spec in specs)
-        in_flight = min(stages - stage, num_micro_batches(config, copies))
-        kept, recomputed = (
-            _stage_activations(shard, layers, config, in_flight, with_head=stage == stages - 1, recompute=recompute)
-            for recompute in (False, True)
-        )
+        work = _stage(shard, layers, config, stage, num_micro_batches(config, copies))
+        work = dataclasses.replace(work, dead_heads=arch.num_attention_heads % tensor != 0)
+        kept, recomputed = (activation_bytes(work, recompute) for recompute in (False, True))
         result.append(_memory(config, stage, parameters, copies, largest, kept, recomputed))
     return tuple(result)
 
@@ -208,8 +160,9 @@ def _memory(
     element = _element_bytes(config)
     share = math.ceil(parameters / copies)
     weights = element * parameters
-    gradients = element * parameters + _FP32_BYTES * (parameters if bf16 else share)
-    masters, moments = _FP32_BYTES * share, 2 * _FP32_BYTES * share
+    gradients = element * parameters + FP32_BYTES * (parameters if bf16 else share)
+    masters, moments = FP32_BYTES * share, 2 * FP32_BYTES * share
+    joined = bf16 and parameters <= _BUCKET_ELEMENTS
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -217,30 +170,30 @@ def _memory(
         moments=moments,
         activations=kept,
         activations_recomputed=recomputed,
+        reduction=FP32_BYTES * parameters if joined else 0,
         stage=stage,
-        compaction=weights + gradients + 2 * (masters + moments) + _FP32_BYTES * largest,
+        compaction=weights + gradients + 2 * (masters + moments) + FP32_BYTES * largest,
     )
 
 
-def _stage_activations(
-    shard: Architecture, layers: range, config: Config, in_flight: int, *, with_head: bool, recompute: bool
-) -> int:
+def _stage(shard: Architecture, layers: range, config: Config, stage: int, micro_batches: int) -> Stage:
     micro, seq, parallel = config.train.micro_batch_size, config.data.seq_length, config.parallel
+    stages = parallel.pipeline_model_parallel_size
     stem_seq = math.ceil(seq / parallel.tensor_model_parallel_size) if parallel.sequence_parallel else seq
-    return activation_bytes(
+    return Stage(
         shard,
         layers,
+        first=stage == 0,
+        last=stage == stages - 1,
+        in_flight=min(stages - stage, micro_batches),
         tokens=micro * seq,
         stem_tokens=micro * stem_seq,
-        in_flight=in_flight,
-        with_head=with_head,
         element_bytes=_element_bytes(config),
-        recompute=recompute,
     )
 
 
 def _element_bytes(config: Config) -> int:
-    return _BF16_BYTES if config.train.precision == "bf16" else _FP32_BYTES
+    return _BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
 
 
 def _stage_tensors(arch: Architecture, layers: range, *, first: bool, last: bool) -> list[TensorSpec]:

@@ -351,11 +351,16 @@ def _memory_note(plan: Plan) -> str:
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     layout = f"TP {tensor} x PP {stages} x DP {parallel.data_parallel_size(plan.num_gpus)}"
     cutting = f"\n    while tensors are cut {memory.compaction / GIB:.1f} in all: two optimizer states, no activations"
+    reduction = (
+        f"\n    when a step's gradients are reduced {memory.reduction / GIB:.1f} in place of activations"
+        if memory.reduction > memory.activations_recomputed
+        else ""
+    )
     return (
         f"memory at the source on {plan.num_gpus} GPU(s) ({layout}), GiB on each of the fullest stage {memory.stage}:\n"
         f"    weights {memory.weights / GIB:.1f}, gradients {memory.gradients / GIB:.1f}, fp32 masters "
         f"{memory.masters / GIB:.1f}, moments {memory.moments / GIB:.1f}, activations {memory.activations / GIB:.1f} "
-        f"({memory.activations_recomputed / GIB:.1f} with --recompute; an estimate)"
+        f"({memory.activations_recomputed / GIB:.1f} with --recompute; an estimate){reduction}"
         f"{cutting if len(plan.phases) > 1 else ''}"
     )
 

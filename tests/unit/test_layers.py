@@ -20,6 +20,7 @@ LAYER = {
     "pruning": 3,
     "checkpoint": 4,
     "training": 5,
+    "activations": 6,
     "memory": 6,
     "layouts": 6,
     "plan": 6,

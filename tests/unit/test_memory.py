@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 from deepspeed.runtime.utils import partition_balanced
 
@@ -13,23 +12,19 @@ from megatron_prune.config.yaml_file import with_values
 from megatron_prune.errors import UserError
 from megatron_prune.memory import (
     Memory,
-    activation_bytes,
     copies_of_model,
     num_micro_batches,
     rank_shard,
-    stage_layers,
     stage_memory,
     worst_stage,
 )
-from megatron_prune.model.attention import logical_shapes
-from megatron_prune.model.transformer import DecoderLayer
-from megatron_prune.ops.dispatch import build_ops
-from megatron_prune.parallel.layers import TensorParallel
 from megatron_prune.parallel.partition import Partition
+from megatron_prune.parallel.stages import stage_layers
 
 TINY = "hidden=6,ffn=7,heads=4,kv_heads=2,head_dim=2,layers=5,vocab=11,tied={tied}"
-#: Elements per token that one of its layers keeps: norms 4 x 6, queries 2 x 8, KV 2 x 4, ffn 4 x 7.
-TINY_LAYER = 76
+TOKENS = 3 * 8
+#: Bytes that one of its layers keeps: norms 4 x 6, queries 3 x 8, KV 3 x 4, ffn 3 x 7, tables 2 x 2, statistics 4 + 2.
+TINY_LAYER = TOKENS * (2 * (24 + 24 + 12 + 21 + 4) + 4 * 6)
 
 
 def _config(**values: object) -> Config:
@@ -112,62 +107,58 @@ def test_compaction_by_hand() -> None:
     assert memory.compaction == memory.weights + memory.gradients + states + 4 * largest
 
 
-def test_activations_by_hand() -> None:
-    arch, tokens, head = _tiny(), 24, 11 * (2 + 8)
-    (memory,) = stage_memory(arch, _config(), 1)
-    assert memory.activations == tokens * (2 * 5 * TINY_LAYER + head)
-    assert memory.activations_recomputed == tokens * (2 * (5 * 6 + TINY_LAYER) + head)
-
-
-def test_activations_of_a_rank_by_hand() -> None:
-    arch, tokens, head = _tiny(), 24, 6 * (2 + 8)
-    layer = 4 * 6 + (2 * 8 + 2 * 4) // 2 + 4 * 4
-    (plain,) = stage_memory(arch, _layout(tensor=2), 2)
-    assert plain.activations == tokens * (2 * 5 * layer + head)
-    (parallel,) = stage_memory(arch, _layout(tensor=2, sequence_parallel=True), 2)
-    assert parallel.activations == tokens * (2 * 5 * (layer - 6) + head)  # half of the two norms' inputs
-    assert parallel.activations_recomputed == tokens * (2 * (5 * 6 // 2 + layer - 6) + head)
-
-
-@pytest.mark.parametrize("shape", ["ffn=1024,heads=8,kv_heads=8", "ffn=700,heads=8,kv_heads=2"])
-def test_activations_are_near_what_a_layer_keeps(shape: str) -> None:
-    arch = parse_source_shape(f"hidden=256,{shape},head_dim=32,layers=1,vocab=8")
-    layer = DecoderLayer(arch, logical_shapes(arch)[0], build_ops({}, torch.device("cpu")), TensorParallel()).bfloat16()
-    kept: dict[int, torch.Tensor] = {}  # alive until counted, or two tensors might share an address
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(torch.randn(2, 128, 256, dtype=torch.bfloat16, requires_grad=True))
-    weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    measured = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
-    sizes = {"tokens": 256, "stem_tokens": 256, "in_flight": 1, "element_bytes": 2}
-    estimate = activation_bytes(arch, range(1), **sizes, with_head=False, recompute=False)
-    assert 0.85 < measured / estimate < 1.15  # kernels differ in what they keep, see the docstring
-
-
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 8])
 @pytest.mark.parametrize("pipeline", [2, 3, 5])
 def test_in_flight_is_deepspeeds_schedule(pipeline: int, micro_batches: int) -> None:
     config = _layout(pipeline=pipeline, global_batch_size=3 * micro_batches)
     stages = stage_memory(_tiny(), config, pipeline)
     cuts = stage_layers(5, pipeline)
-    for stage, layers in enumerate(cuts[:-1]):  # the last one has the logits on top
+    hidden, joined = TOKENS * 6 * 2, max(8 * 7, 2 * (8 + 2 * 4) + 4 * 8) * 6
+    work = 2 * hidden + 2 * TOKENS * 2 * 7
+    assert work > 2 * hidden + joined
+    for stage, layers in enumerate(cuts[:-1]):  # the last one has the loss on top
         alive = most = 0
         for commands in TrainSchedule(micro_batches=micro_batches, stages=pipeline, stage_id=stage):
             alive += sum(isinstance(command, ForwardPass) for command in commands)
             most = max(most, alive)
             alive -= sum(isinstance(command, BackwardPass) for command in commands)
-        assert stages[stage].activations == most * len(layers) * 24 * 2 * TINY_LAYER
-        assert stages[stage].activations_recomputed == 24 * 2 * (most * len(layers) * 6 + TINY_LAYER)
+        buffers = hidden * (most * (1 + (stage > 0)) + 3)
+        assert stages[stage].activations == most * len(layers) * TINY_LAYER + buffers + work
+        recomputed = most * len(layers) * hidden + buffers + TINY_LAYER - hidden + work
+        assert stages[stage].activations_recomputed == recomputed
+
+
+def test_reduction_of_bf16_gradients() -> None:
+    """What is below DeepSpeed's bucket is joined before, in fp32."""
+    arch = _tiny()
+    (small,), (fp32,) = stage_memory(arch, _config(), 1), stage_memory(arch, _config(precision="fp32"), 1)
+    assert (small.reduction, fp32.reduction) == (4 * arch.num_parameters(), 0)
+    assert small.total(recompute=True) == 20 * arch.num_parameters() + max(
+        small.reduction, small.activations_recomputed
+    )
+    large = parse_source_shape("hidden=4096,ffn=11008,heads=32,head_dim=128,layers=4,vocab=32000")
+    (memory,) = stage_memory(large, _config(), 1)
+    assert memory.reduction == 0
+
+
+@pytest.mark.parametrize(("precision", "element_bytes"), [("bf16", 2 + 4), ("fp32", 4)])
+def test_the_embeddings_gradient_comes_whole(precision: str, element_bytes: int) -> None:
+    """In bf16 with its copy in fp32 for the sum; then the gradient of the hidden state and four in buffers."""
+    wide = parse_source_shape("hidden=64,ffn=8,heads=2,head_dim=4,layers=2,vocab=100000")
+    first, _ = stage_memory(wide, _layout(pipeline=2, global_batch_size=3, precision=precision), 2)
+    hidden = TOKENS * 64 * (4 if precision == "fp32" else 2)
+    assert first.activations == element_bytes * 64 * 100000 + 5 * hidden
 
 
 def test_the_worst_stage_depends_on_what_is_counted() -> None:
     def memory(stage: int, kept: int, recomputed: int, compaction: int) -> Memory:
         return Memory(
-            0, 0, 0, 0, activations=kept, activations_recomputed=recomputed, stage=stage, compaction=compaction
+            *(0, 0, 0, 0),
+            activations=kept,
+            activations_recomputed=recomputed,
+            reduction=2,
+            stage=stage,
+            compaction=compaction,
         )
 
     stages = (memory(0, 9, 1, 0), memory(1, 3, 3, 0), memory(2, 0, 0, 10))

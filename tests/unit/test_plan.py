@@ -271,3 +271,10 @@ def test_tool_reads_a_source_directory(repo_root: Path, tmp_path: Path) -> None:
     ran = _tool(repo_root, "--source", str(tmp_path), "--target-shape", "ffn=90", "--json")
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["units"] == 6
+
+
+def test_the_reduction_is_noted_where_it_is_more() -> None:
+    noted = "when a step's gradients are reduced"
+    assert noted in format_plan(_plan(SMOLLM_360M))
+    assert noted not in format_plan(_plan(SMOLLM_360M, precision="fp32"))
+    assert noted not in format_plan(_plan(QWEN_7B))

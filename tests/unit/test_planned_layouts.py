@@ -80,8 +80,8 @@ def test_every_suggestion_fits_with_what_it_says(gibibytes: int, flags: str) -> 
 def test_sentence_of_what_does_not_fit() -> None:
     sentence = fit_sentence(_config("--prune-align 0"), _source(), 8, 40 * GIB)
     assert re.match(
-        r"does not fit 40 GiB: stage 0 needs 79.6 of 36.0 usable GiB \(weights 12.6, gradients 37.7, fp32 masters 3.1, "
-        r"moments 6.3, activations 20.0\); try --tensor-model-parallel-size 4 \(",
+        r"does not fit 40 GiB: stage 0 needs 79.1 of 36.0 usable GiB \(weights 12.6, gradients 37.7, fp32 masters 3.1, "
+        r"moments 6.3, activations 19.5\); try --tensor-model-parallel-size 4 \(",
         sentence,
     ), sentence
 
@@ -101,12 +101,23 @@ def test_a_compaction_may_be_what_does_not_fit() -> None:
 def test_nothing_fits() -> None:
     sentence = fit_sentence(_config("--micro-batch-size 1"), _source(), 1, 8 * GIB)
     assert sentence.endswith("no layout of 1 GPU(s) fits at --micro-batch-size 1: use more or larger GPUs")
-    assert recommended(all_layouts(_config(), _source(), 1), 8 * GIB) is None
+    layouts = all_layouts(_config(), _source(), 1)
+    assert recommended(layouts, 8 * GIB) is None
+    last = format_layouts(layouts, 8 * GIB).splitlines()[-1]
+    needs = layouts[0].peak(recompute=True) / (1 - RESERVE) / GIB
+    assert last == (
+        f"no layout fits: the least, TP 1 x PP 1 with --recompute, needs GPUs of {needs:.1f} GiB; "
+        "use a --micro-batch-size below 2, more GPUs or larger ones."
+    )
+    one = format_layouts(all_layouts(_config("--micro-batch-size 1"), _source(), 1), 8 * GIB)
+    assert one.endswith("GiB; use more GPUs or larger ones.")
 
 
 def test_a_batch_that_does_not_divide_is_no_layout_to_recommend() -> None:
     layouts = all_layouts(_config(), _source(), 24)
     assert recommended(layouts, 1000 * GIB) is None
+    last = format_layouts(layouts, 80 * GIB).splitlines()[-1]
+    assert last.startswith("no layout can run: change --global-batch-size 512, --micro-batch-size 2 or --gpus")
     assert "batch 512 is no multiple of micro-batch 2 x DP 24" in format_layouts(layouts, 80 * GIB)
     assert fit_sentence(_config(), _source(), 24, 80 * GIB).startswith("cannot run: batch 512")
 
@@ -134,3 +145,10 @@ def test_json_agrees_with_the_table() -> None:
     assert rows[0]["verdict"] == "fits with --recompute"
     assert [row["recommended"] for row in rows].index(True) == 1
     assert all(row["memory"] > row["memory_recomputed"] > 0 for row in rows)
+
+
+def test_the_reduction_may_be_what_counts() -> None:
+    flags = "--recompute --prune-align 0 --tensor-model-parallel-size 8 --pipeline-model-parallel-size 2"
+    sentence = fit_sentence(_config(f"{flags} --sequence-parallel"), _source(), 64, 80 * GIB)
+    assert "reduction of gradients 1.6)" in sentence
+    assert "activations" not in sentence
