@@ -29,5 +29,9 @@ class ConfigError(UserError):
         super().__init__("; ".join(self.problems))
 
 
+class PeersMissingError(MegatronPruneError):
+    """Some processes of the job did not come. Every process that did has the same to say. Exit code 1."""
+
+
 class StopRequested(MegatronPruneError):
-    """A signal or time limit ended the run after a complete checkpoint. Exit code 75."""
+    """A signal, time limit or stop file ended the run after a complete checkpoint. Exit code 75."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -18,16 +18,22 @@ from megatron_prune.errors import (
     EXIT_REQUEUE,
     ConfigError,
     MegatronPruneError,
+    PeersMissingError,
     StopRequested,
     UserError,
 )
 from megatron_prune.ops.dispatch import format_choices
+from megatron_prune.parallel.join import joined
 from megatron_prune.parallel.mesh import init_process_group, map_launcher_environment
+from megatron_prune.parallel.phases import Phases
 from megatron_prune.parallel.watch import watch_peers
 from megatron_prune.plan import format_plan, make_plan
 from megatron_prune.training.inputs import Inputs, read_inputs, read_source
 from megatron_prune.training.report import Reporter
-from megatron_prune.training.signals import STOP_SIGNALS, StopRequest
+from megatron_prune.training.signals import STOP_FILE, StopRequest
+
+#: For which a process keeps quiet about what another one of its node says: launchers end all once the first has left.
+QUIET_SECONDS = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,13 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 finished, 2 bad input, 75 stopped with a complete checkpoint.
     """
     try:
-        _run(sys.argv[1:] if argv is None else argv)
+        if argv is None:
+            _run(sys.argv[1:], is_last=True)
+        else:
+            _run(argv, is_last=False)
     except StopRequested as stop:
         _say(str(stop), sys.stderr)
-        if argv is None:
-            # Launchers terminate the other ranks once one has left, and would report a signal instead of this code.
-            for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
         return EXIT_REQUEUE
     except UserError as error:
         _complain(error)
@@ -57,11 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(argv: Sequence[str]) -> None:
-    config = load_config(argv)
+def _run(argv: Sequence[str], is_last: bool) -> None:
+    """Run a command; ``is_last``: the process does nothing after it."""
+    note = map_launcher_environment(os.environ)  # first: even a mistake in a flag is said once per node
+    config = _read_settings(argv)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
-    map_launcher_environment(os.environ)
     world_size = int(os.environ["WORLD_SIZE"])
     validate_config(config, world_size)
     source_path, source = read_source(config)
@@ -70,16 +76,32 @@ def _run(argv: Sequence[str]) -> None:
     if config.run.dry_run:
         _say(format_plan(make_plan(config, source, num_gpus=world_size)))
         return
-    with StopRequest(config.run.exit_duration_in_mins) as stop:
-        device = init_process_group()
-        try:
-            with watch_peers():
-                _train(config, inputs, device, stop)
-        finally:
-            torch.distributed.destroy_process_group()
+    if note is not None:
+        _say(note)
+    stop, phases = _stop_request(config, is_last), Phases()
+    # Signals are remembered only once there is a loop that looks: before, they end a process that waits for others.
+    with joined() as meeting, watch_peers(meeting, phases):
+        device = init_process_group(meeting)
+        with stop:
+            _train(config, inputs, device, stop, phases)
 
 
-def _train(config: Config, inputs: Inputs, device: torch.device, stop: StopRequest) -> None:
+def _read_settings(argv: Sequence[str]) -> Config:
+    try:
+        return load_config(argv)
+    except ConfigError:
+        raise
+    except UserError as error:  # every process is given the same flags
+        raise ConfigError([str(error)]) from error
+
+
+def _stop_request(config: Config, is_last: bool) -> StopRequest:
+    looks = config.run.directory is not None and os.environ["RANK"] == "0"
+    file = Path(config.run.directory or "", STOP_FILE) if looks else None
+    return StopRequest(config.run.exit_duration_in_mins, file, is_last=is_last)
+
+
+def _train(config: Config, inputs: Inputs, device: torch.device, stop: StopRequest, phases: Phases) -> None:
     from megatron_prune.training.setup import build_trainer  # imports DeepSpeed: seconds that --help need not wait for
 
     save_dir = None if config.run.directory is None else Path(config.run.directory)
@@ -93,7 +115,7 @@ def _train(config: Config, inputs: Inputs, device: torch.device, stop: StopReque
     _say(_beginning(config, inputs))
     with Reporter(save_dir, config, is_main, config.train.train_iters) as reporter:
         trainer = build_trainer(config, inputs, device, reporter)
-        trainer.run(stop)
+        trainer.run(stop, phases)
     if trainer.pruning:
         parameters = trainer.architecture.num_parameters()
         _say(f"warning: --train-iters ended with {parameters:,} parameters, above the target; raise it and start again")
@@ -109,8 +131,11 @@ def _beginning(config: Config, inputs: Inputs) -> str:
         if inputs.checkpoint.manifest.data_fingerprint != inputs.train.fingerprint():
             line += "\nwarning: the data, its blend, split or seed changed since; the samples from here on differ"
         return line
-    start = "random weights" if inputs.weights is None else "its weights"
     parameters = inputs.source.num_parameters()
+    if inputs.base is not None:
+        data = inputs.train.fingerprint()
+        return f"starting from the weights of {inputs.base.path} ({parameters:,} parameters), data {data}"
+    start = "random weights" if inputs.weights is None else "its weights"
     data = inputs.train.fingerprint()
     return f"starting from {config.model.source} ({parameters:,} parameters, {start}), data {data}"
 
@@ -118,10 +143,11 @@ def _beginning(config: Config, inputs: Inputs) -> str:
 def _complain(error: MegatronPruneError) -> None:
     """Print an error on every process: only one node may lack a file, and only one rank may meet a bad sample.
 
-    Settings that are wrong are wrong on every process of a node: one of them says so.
+    Settings that are wrong are wrong on every process of a node: one of them says so. So with ranks that are missing.
     """
     rank = os.environ.get("RANK", "0")
-    if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
+    if isinstance(error, ConfigError | PeersMissingError) and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(QUIET_SECONDS)
         return
     print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
 

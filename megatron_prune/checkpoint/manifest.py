@@ -1,20 +1,34 @@
-"""What a checkpoint says of itself: the JSON beside the shards."""
+"""What a checkpoint says of itself: the JSON beside the shards, and the marker that it is all there.
+
+The manifest has the checksums of shards and ledger, ``COMPLETE`` has the manifest's and its own: no bit of any file can
+change unnoticed. Resuming needs no more than this and the tensors. The learning rate is a function of the step, the
+data order one of the seed and the samples consumed, and nothing in training draws from a generator that outlives the
+draw (no dropout; random weights and scores are functions of the seed), so no generator is saved; fp32 and bf16 need no
+loss scale.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import __version__
-from megatron_prune.architecture import Architecture
+from megatron_prune.checkpoint.bounds import checked_record, read_architecture, read_partition
+from megatron_prune.checkpoint.files import DamagedCheckpoint, json_object, read_file, sha256_of, short
 from megatron_prune.errors import UserError
 from megatron_prune.parallel.partition import Partition
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST_FILE = "manifest.json"
+COMPLETE_FILE = "COMPLETE"
+LEDGER_FILE = "ledger.jsonl"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+#: The only names a manifest may give to shards: plain ones, so that no path leads out of the directory.
+_SHARD = re.compile(r"rank_[0-9]{5,9}\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +45,10 @@ class Progress:
         exported: names of the budgets already exported.
         pace_from: step at which the present pruning pace took over from another, 0 if it is the first.
         pace_spent: units spent by then.
+        skips_in_a_row: how many of the last steps were skipped one after another.
+        deferred_at: step whose decision was put off last, or None.
+        recent_losses: of the last steps, where a jump of the loss is watched for.
+        rollbacks: how often the run has gone back to a checkpoint.
     """
 
     step: int = 0
@@ -42,6 +60,10 @@ class Progress:
     exported: tuple[str, ...] = ()
     pace_from: int = 0
     pace_spent: int = 0
+    skips_in_a_row: int = 0
+    deferred_at: int | None = None
+    recent_losses: tuple[float, ...] = ()
+    rollbacks: int = 0
 
     @property
     def skipped(self) -> int:
@@ -56,9 +78,10 @@ class Manifest:
     Attributes:
         partition: placement of every unit, with the source architecture.
         progress: counters.
-        settings: the run's settings by flag name.
+        settings: the run's settings by topic and flag name.
         data_fingerprint: hash of what decides the data order.
         shards: file name to sha256, one file per rank.
+        ledger: sha256 of the ledger file.
     """
 
     partition: Partition
@@ -66,6 +89,7 @@ class Manifest:
     settings: Mapping[str, Any]
     data_fingerprint: str
     shards: Mapping[str, str]
+    ledger: str = ""
 
     def to_json(self) -> str:
         """The file's text."""
@@ -79,6 +103,7 @@ class Manifest:
             "settings": dict(self.settings),
             "data_fingerprint": self.data_fingerprint,
             "shards": dict(self.shards),
+            "ledger": self.ledger,
         }
         return json.dumps(content)
 
@@ -87,21 +112,106 @@ class Manifest:
         """Read the manifest of a checkpoint directory.
 
         Raises:
-            UserError: it is missing, no manifest of ours, or of another format version.
+            DamagedCheckpoint: it or ``COMPLETE`` is missing, is not what was written, or makes no sense.
+            UserError: it is of another format version.
         """
-        path = directory / MANIFEST_FILE
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}")
-            source = Architecture.from_dict(content["source"])
-            progress = dict(content["progress"], exported=tuple(content["progress"]["exported"]))
-            return cls(
-                partition=Partition.from_dict(source, content["partition"]),
-                progress=Progress(**progress),
-                settings=content["settings"],
-                data_fingerprint=content["data_fingerprint"],
-                shards=content["shards"],
+        marker = read_file(directory, COMPLETE_FILE)
+        text = read_file(directory, MANIFEST_FILE)
+        digest = _marked_digest(marker)
+        if digest is None:
+            _refuse_other_formats(directory, text)
+            raise DamagedCheckpoint(directory, COMPLETE_FILE, "is damaged (it does not match itself)")
+        if sha256_of(text) != digest:
+            raise DamagedCheckpoint(
+                directory, MANIFEST_FILE, f"is damaged (its checksum is not that in {COMPLETE_FILE})"
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no readable manifest ({error!r}); delete it to resume earlier") from error
+        _refuse_other_formats(directory, text)
+        try:
+            return cls._parse(json_object(text))
+        except ValueError as error:
+            raise DamagedCheckpoint(directory, MANIFEST_FILE, f"is no manifest of ours ({error})") from error
+
+    @classmethod
+    def _parse(cls, content: Mapping[str, Any]) -> Manifest:
+        """A manifest from its JSON.
+
+        Raises:
+            ValueError: a field is missing, of another type or out of range.
+        """
+        missing = {"format", "source", *(field.name for field in dataclasses.fields(cls))} - content.keys()
+        if missing:
+            raise ValueError(f"it has no {min(missing)}")
+        if type(content["format"]) is not int or content["format"] != FORMAT:
+            raise ValueError(f"its format is {short(content['format'])}")
+        settings, progress, fingerprint = (content[name] for name in ("settings", "progress", "data_fingerprint"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"settings is {short(settings)}, not an object")
+        if not isinstance(fingerprint, str):
+            raise ValueError(f"data_fingerprint is {short(fingerprint)}, not a text")
+        return cls(
+            partition=read_partition(read_architecture(content["source"]), content["partition"]),
+            progress=checked_record(Progress, progress, "progress"),
+            settings=settings,
+            data_fingerprint=fingerprint,
+            shards=_checked_shards(content["shards"]),
+            ledger=_checked_digest(content["ledger"], "ledger"),
+        )
+
+    def setting(self, topic: str, name: str) -> Any:
+        """One of the run's settings.
+
+        Raises:
+            UserError: the manifest does not have it.
+        """
+        flags = self.settings.get(topic)
+        if not isinstance(flags, dict) or name not in flags:
+            raise UserError(
+                f"the checkpoint of step {self.progress.step} does not record the setting {topic}.{name}; use another"
+            )
+        return flags[name]
+
+
+def complete_text(manifest_text: str) -> str:
+    """Text of ``COMPLETE``: the manifest's checksum, and the checksum of that line."""
+    line = f"{sha256_of(manifest_text.encode())}  {MANIFEST_FILE}\n"
+    return line + f"{sha256_of(line.encode())}  {COMPLETE_FILE}\n"
+
+
+def shard_name(rank: int) -> str:
+    """File name of a rank's shard."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _marked_digest(marker: bytes) -> str | None:
+    """The manifest's checksum that ``COMPLETE`` holds, or None if the marker is not as it was written."""
+    digest = marker[:64].decode("ascii", errors="replace")
+    line = f"{digest}  {MANIFEST_FILE}\n"
+    whole = line + f"{sha256_of(line.encode())}  {COMPLETE_FILE}\n"
+    return digest if _DIGEST.fullmatch(digest) and marker == whole.encode() else None
+
+
+def _refuse_other_formats(directory: Path, text: bytes) -> None:
+    try:
+        version = json_object(text).get("format")
+    except ValueError:
+        return  # what is no JSON at all is reported as that
+    if type(version) is int and version != FORMAT:
+        raise UserError(
+            f"{directory / MANIFEST_FILE} has format {version}, this version reads {FORMAT}; export the run with the "
+            "version that wrote it and start from the export"
+        )
+
+
+def _checked_shards(shards: object) -> dict[str, str]:
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"shards is {short(shards)}, not an object of files")
+    for name in shards:
+        if not _SHARD.fullmatch(name):
+            raise ValueError(f"{short(name)} is no name of a shard")
+    return {name: _checked_digest(digest, name) for name, digest in shards.items()}
+
+
+def _checked_digest(value: object, what: str) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise ValueError(f"the checksum of {what} is {short(value)}")
+    return value

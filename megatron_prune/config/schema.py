@@ -142,7 +142,7 @@ class TrainConfig:
 
     compile: bool = False
     """Compile the decoder layers with torch.compile. Every physical compaction compiles again: raise --prune-align so
-    that there are few."""
+    that there are few. Heads do not wait for it: without tensor parallelism every removal of a head compiles again."""
 
     op_impl: tuple[str, ...] = ()
     """Force implementations, as OP=IMPLEMENTATION (rms_norm=torch); `python -m megatron_prune.ops` lists them."""
@@ -202,7 +202,8 @@ class PruneConfig:
 
     prune_align: int = 64
     """Quantum of physical compaction: tensors are cut when a live width of the stem, or of one tensor parallel rank's
-    share of the ffn, reaches a multiple of it. 1 cuts at every event, 0 never. Also the least width of ffn and stem
+    share of the ffn, reaches a multiple of it, and whatever it is when the fullest rank has a head less (without tensor
+    parallelism, at every removal of a head). 1 cuts at every event, 0 never. Also the least width of ffn and stem
     unless the target shape says lower."""
 
     export_at: CommaList = ()
@@ -219,6 +220,23 @@ class PruneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """When a run doubts what it sees, and what it does then. A step whose gradient is not finite is always skipped and
+    decides nothing."""
+
+    max_skipped_steps: int = 10
+    """Stop, with the last checkpoint as it is, after so many skipped steps in a row."""
+
+    saliency_spike: float | None = None
+    """Put a decision off for one step if the group to be removed scores above so many times the median of its type
+    over the last removals: one bad batch says little about what is least salient. 10, say; the paper has none."""
+
+    rollback_loss_jump: float | None = None
+    """Go back to the last checkpoint, and on with the samples that come next, if the loss is so many nats above its
+    running median while groups are being removed. After three times the run stops. 1.0, say."""
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Where results go and how often."""
 
@@ -228,11 +246,23 @@ class RunConfig:
     load: str | None = None
     """Run directory to resume from when --save holds no checkpoint of its own yet. Alone, it is --save too."""
 
+    finetune: bool = False
+    """Start from the weights of --load alone, in the shape they are pruned to: no optimizer state, counters, data
+    position or ledger. Pruning may go on from there. Needs another --save."""
+
     save_interval: int = 1000
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
 
     keep_last: int = 2
     """Checkpoints kept, 2 or more, so that one is always whole."""
+
+    async_save: bool = False
+    """Write checkpoints behind the next steps, from a copy in host memory (12 bytes per parameter a process's optimizer
+    owns). Those at the end and on a signal are waited for."""
+
+    on_save_failure: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written, a full disk say: continue, keeping the older ones and trying again at the
+    next interval, or stop with exit code 1. At the end and on a signal it always fails the run."""
 
     log_interval: int = 10
     """Steps between lines of metrics."""
@@ -271,6 +301,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
     prune: PruneConfig = PruneConfig()
+    guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
 
     @property

@@ -91,6 +91,10 @@ def _missing(config: Config) -> Iterator[str]:
         yield "--data-path is missing: give the prefix of a .bin/.idx pair (tools/preprocess_data.py writes them)"
     if not config.run.save and not config.run.load:
         yield "--save is missing: give the run directory to write"
+    if config.run.finetune and not config.run.load:
+        yield "--finetune needs --load: give the run directory whose weights to start from"
+    elif config.run.finetune and config.run.save in (None, config.run.load):
+        yield f"--finetune starts a run of its own: give a --save other than --load {config.run.load}"
     if config.train.train_iters < 1:
         yield f"--train-iters is {config.train.train_iters}: give the optimizer steps of the run, at least 1"
 
@@ -103,6 +107,7 @@ def _numbers(config: Config) -> Iterator[str]:
         "continue_lr": optim.continue_lr,
         "adam_eps": optim.adam_eps,
         "exit_duration_in_mins": run.exit_duration_in_mins,
+        "rollback_loss_jump": config.guard.rollback_loss_jump,
     }
     at_least_zero = {
         "min_lr": optim.min_lr,
@@ -121,6 +126,8 @@ def _numbers(config: Config) -> Iterator[str]:
         "log_interval": run.log_interval,
         "eval_iters": run.eval_iters,
         "lr_wsd_decay_iters": optim.lr_wsd_decay_iters,
+        "max_skipped_steps": config.guard.max_skipped_steps,
+        "saliency_spike": config.guard.saliency_spike,
     }
     yield from _outside(more_than_zero, lambda value: value > 0, "must be above 0")
     yield from _outside(at_least_zero, lambda value: value >= 0, "must be 0 or more")
@@ -129,6 +136,8 @@ def _numbers(config: Config) -> Iterator[str]:
     yield from _outside(betas, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
     if train.seed >= _MAX_SEED:
         yield f"--seed {train.seed} must be below 2**63"
+    if config.guard.rollback_loss_jump is not None and not run.save_interval:
+        yield "--rollback-loss-jump needs checkpoints to go back to: give a --save-interval"
     if run.keep_last < _MIN_CHECKPOINTS:
         yield f"--keep-last {run.keep_last} must be {_MIN_CHECKPOINTS} or more, so that one is always whole"
 
@@ -189,8 +198,9 @@ def _batch(config: Config, copies: int) -> Iterator[str]:
     if micro < 1 or batch < 1:
         yield f"--micro-batch-size {micro} and --global-batch-size {batch} must both be 1 or more"
     elif batch % (micro * copies):
+        of_model = f"{copies} {'copy' if copies == 1 else 'copies'} of the model"
         yield (
-            f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {copies} copies of the model "
+            f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {of_model} "
             f"= {micro * copies}: change one of them"
         )
 

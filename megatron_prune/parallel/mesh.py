@@ -11,12 +11,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import ConfigError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
-#: What srun sets -> what torch reads. The rendezvous address is not among them: the sbatch script exports it.
-SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+#: What srun sets -> what torch reads. The rendezvous address is not among them: the sbatch script exports it. The batch
+#: script itself has SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS too, but is no task of a step.
+SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,40 +63,59 @@ class Mesh:
         return self.rank == 0
 
 
-def map_launcher_environment(environ: MutableMapping[str, str]) -> None:
+def map_launcher_environment(environ: MutableMapping[str, str]) -> str | None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from what the launcher gave.
 
-    ``deepspeed`` and ``torchrun`` set them already. Under ``srun`` they come from ``SLURM_*``; a job of several tasks
-    needs ``MASTER_ADDR`` from the batch script. A plain ``python`` start becomes a group of one.
+    ``deepspeed`` and ``torchrun`` set them already. Under ``srun`` they come from ``SLURM_*``; a step of several tasks
+    needs ``MASTER_ADDR`` from the batch script. A plain ``python`` start becomes a group of one, also where a batch
+    script makes it without ``srun``.
+
+    Returns:
+        What the user may not have meant, or None.
 
     Raises:
-        UserError: a Slurm job of several tasks without MASTER_ADDR.
+        ConfigError: a step of several tasks without MASTER_ADDR.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         environ.setdefault("LOCAL_RANK", environ["RANK"])
-        return
-    if all(name in environ for name in SLURM_VARIABLES.values()) and int(environ["SLURM_NTASKS"]) > 1:
+        return None
+    if all(name in environ for name in SLURM_VARIABLES.values()) and int(environ["SLURM_STEP_NUM_TASKS"]) > 1:
+        environ.update({name: environ[slurm] for name, slurm in SLURM_VARIABLES.items()})
         if "MASTER_ADDR" not in environ:
-            raise UserError(
-                "srun started several tasks but MASTER_ADDR is not set; in the batch script: "
-                "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1) MASTER_PORT=29500"
+            raise ConfigError(
+                [
+                    "srun started several tasks but MASTER_ADDR is not set; in the batch script: export MASTER_ADDR="
+                    "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1) MASTER_PORT=29500"
+                ]
             )
         environ.setdefault("MASTER_PORT", "29500")
-        environ.update({name: environ[slurm] for name, slurm in SLURM_VARIABLES.items()})
-        return
+        return None
     environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
     environ["MASTER_PORT"] = str(_free_port())
+    tasks = environ.get("SLURM_NTASKS", "1")
+    return None if tasks == "1" else f"note: this is one process of a Slurm job of {tasks} tasks; srun starts them all"
 
 
-def init_process_group() -> torch.device:
-    """Join the job's process group (NCCL with GPUs, else gloo) and return this process's device."""
+def init_process_group(store: dist.Store | None = None) -> torch.device:
+    """Make the job's process group (NCCL with GPUs, else gloo) and return this process's device.
+
+    Args:
+        store: where all processes have met; by default torch's own rendezvous.
+    """
     map_launcher_environment(os.environ)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # srun --gpus-per-task=1 shows every task one device, number 0, whatever its number on the node.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if store is None:
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        else:
+            store.set_timeout(COLLECTIVE_TIMEOUT)
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=world_size)
     return device
 
 

@@ -72,7 +72,7 @@ def take(logical: Tensor, spec: TensorSpec, partition: Partition, tp_rank: int, 
     Returns:
         ``[numel]`` of the same dtype, zero where a slot is dead. A copied KV head is there for every rank that has it.
     """
-    rows, columns = _positions(spec, partition, tp_rank, kept=False)
+    rows, columns = positions(spec, partition, tp_rank, kept=False)
     matrix = logical if logical.dim() == 2 else logical[:, None]
     fragment = torch.zeros(numel, dtype=logical.dtype, device=logical.device)
     for block in blocks(start, numel, len(columns)):
@@ -98,7 +98,7 @@ def deposit_(
         tp_rank: whose fragment.
         start: position of its first element in the flattened physical tensor.
     """
-    rows, columns = _positions(spec, partition, tp_rank, kept=True)
+    rows, columns = positions(spec, partition, tp_rank, kept=True)
     matrix = logical if logical.dim() == 2 else logical[:, None]
     for block in blocks(start, fragment.numel(), len(columns)):
         row, column = rows[block.rows], columns[block.columns]
@@ -123,7 +123,7 @@ def extract(physical: Tensor, spec: TensorSpec, partition: Partition) -> Tensor:
 
 def kept_mask(spec: TensorSpec, partition: Partition, tp_rank: int, start: int, numel: int) -> Tensor:
     """Which elements of a flat fragment this rank is the keeper of: bool ``[numel]``. See :func:`deposit_`."""
-    rows, columns = _positions(spec, partition, tp_rank, kept=True)
+    rows, columns = positions(spec, partition, tp_rank, kept=True)
     mask = torch.zeros(numel, dtype=torch.bool)
     for block in blocks(start, numel, len(columns)):
         kept = (rows[block.rows, None] != DEAD) & (columns[None, block.columns] != DEAD)
@@ -131,8 +131,15 @@ def kept_mask(spec: TensorSpec, partition: Partition, tp_rank: int, start: int, 
     return mask
 
 
-def _positions(spec: TensorSpec, partition: Partition, tp_rank: int, kept: bool) -> tuple[IntArray, IntArray]:
-    """Of every physical row and column its position in the logical tensor, or DEAD; one column for a vector."""
+def positions(spec: TensorSpec, partition: Partition, tp_rank: int, kept: bool) -> tuple[IntArray, IntArray]:
+    """Of every physical row and column its position in the logical tensor, or DEAD; one column for a vector.
+
+    Args:
+        spec: which tensor it is.
+        partition: where its units are.
+        tp_rank: whose physical tensor.
+        kept: DEAD also where a lower rank is the keeper.
+    """
     found = []
     for axis in spec.axes:
         elements = (partition.kept_elements if kept else partition.elements)(axis, spec.layer, tp_rank)

@@ -12,28 +12,26 @@ Collectives are no substitute: gloo raises "Connection closed by peer" without s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
 import selectors
 import socket
 import threading
-from collections.abc import Callable
-from datetime import timedelta
+import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
-import torch.distributed as dist
-
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, StopRequested, UserError
+from megatron_prune.parallel.phases import STALL_SECONDS, Doubling, Phases, beat_seconds
+from megatron_prune.parallel.relay import JOIN_SECONDS, Line, Relay, keep_alive, listen_anywhere, say
 
 SILENCE_SECONDS = 40  # until a host that vanished is given up; with what follows below a minute
 PATIENCE_SECONDS = 5.0
 GRACE_SECONDS = 15.0
-_PROBES = 4
-_JOIN_SECONDS = 60.0
 _KEY = "rank 0"
-_STDERR = 2
 
 
 class Meeting(Protocol):
@@ -44,20 +42,17 @@ class Meeting(Protocol):
     def get(self, key: str, /) -> bytes: ...
 
 
-def watch_peers() -> contextlib.AbstractContextManager[object]:
+def watch_peers(meeting: Meeting | None, phases: Phases) -> contextlib.AbstractContextManager[object]:
     """A watch over the processes of this job, to be entered once all have joined; nothing for a job of one.
 
-    The meeting place is a connection of its own to the rendezvous of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT,
-    which exists under every launcher: a store object may be used by one thread at a time only.
+    Args:
+        meeting: the store of :func:`~megatron_prune.parallel.join.joined`, used by this thread alone.
+        phases: what this process is doing.
     """
-    if int(os.environ["WORLD_SIZE"]) == 1:
+    if meeting is None:
         return contextlib.nullcontext()
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_JOIN_SECONDS))
-    # torchrun keeps its store when it starts the processes again: the last attempt's entry must not be found.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    meeting = dist.PrefixStore(f"peer watch {attempt}", store)
-    return PeerWatch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), meeting, address)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return PeerWatch(rank, world_size, meeting, os.environ["MASTER_ADDR"], phases=phases)
 
 
 class PeerWatch:
@@ -68,15 +63,20 @@ class PeerWatch:
     communicator may, it is ended. An error that is not ours may be the echo of a peer's death, so the watch first waits
     for news of one.
 
+    While this process is long in one phase its watch reports so to rank 0, which names those that keep the others
+    waiting; rank 1 looks after rank 0. That ends nothing: a slow disk may recover.
+
     Args:
         rank: of this process. Rank 0 relays, and is watching once all have joined.
         world_size: number of processes.
         store: where rank 0 says how it is reached.
         address: rank 0's host, as the other hosts know it.
+        phases: what this process is doing.
         where: names this process to users; by default its host and pid.
         silence: seconds after which a host that answers nothing, not even keepalive probes, is given up.
         patience: seconds for which an unexpected error waits for news of a peer's death.
         grace: seconds that a failed process has to end by itself.
+        stall: seconds after which a phase is worth a word.
         end: ends the process with an exit code.
     """
 
@@ -87,21 +87,28 @@ class PeerWatch:
         store: Meeting,
         address: str,
         *,
+        phases: Phases | None = None,
         where: str | None = None,
         silence: float = SILENCE_SECONDS,
         patience: float = PATIENCE_SECONDS,
         grace: float = GRACE_SECONDS,
+        stall: float = STALL_SECONDS,
         end: Callable[[int], object] = os._exit,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._store = store
         self._address = address
+        self._phases = phases or Phases()
         self._where = where or f"{socket.gethostname()} (pid {os.getpid()})"
         self._silence = silence
         self._patience = patience
         self._grace = grace
+        self._stall = stall
         self._end = end
+        self._reported: int | None = None
+        self._unanswered: float | None = None
+        self._doubling = Doubling(stall)
         self._leaving = threading.Event()
         self._failing = threading.Event()
         self._news = threading.Event()
@@ -136,22 +143,22 @@ class PeerWatch:
         self._threads.append(threading.Thread(target=run, name=name, daemon=True))
         self._threads[-1].start()
 
-    def _open_relay(self) -> tuple[_Line, str]:
+    def _open_relay(self) -> tuple[Line, str]:
         """Rank 0: listen, say where, and wait until everyone is there. Its own watch joins like all others."""
-        listener = _listen_anywhere()
+        listener = listen_anywhere()
         mine, relays = socket.socketpair()
         token = secrets.token_hex()
-        relay = _Relay(listener, relays, self._where, token, self._silence)
+        relay = Relay(listener, relays, self._where, token, self._silence, self._stall)
         place = {"port": listener.getsockname()[1], "token": token, "where": self._where}
         self._start(relay.run, "peer-watch-relay")
         self._store.set(_KEY, json.dumps(place))
         relay.await_ranks(self._world_size)
-        return _Line(mine), self._where
+        return Line(mine), self._where
 
-    def _reach_relay(self) -> tuple[_Line, str]:
+    def _reach_relay(self) -> tuple[Line, str]:
         place = json.loads(self._store.get(_KEY))
         try:
-            connection = socket.create_connection((self._address, place["port"]), timeout=_JOIN_SECONDS)
+            connection = socket.create_connection((self._address, place["port"]), timeout=JOIN_SECONDS)
         except OSError as error:
             raise UserError(
                 f"rank {self._rank} cannot reach rank 0 at {self._address}:{place['port']} ({error}): MASTER_ADDR must "
@@ -159,22 +166,50 @@ class PeerWatch:
             ) from error
         connection.settimeout(None)
         keep_alive(connection, self._silence)
-        line = _Line(connection)
+        line = Line(connection)
         line.send(hello=place["token"], rank=self._rank, where=self._where)
         return line, place["where"]
 
     def _listen(self) -> None:
-        """Wait for news, for as long as the process lives."""
-        while (messages := self._line.receive()) is not None:
-            for message in messages:
-                if "bye" in message:  # rank 0 has finished: there is nobody left to ask
-                    self._line.close()
+        """Wait for news and say what this process is doing, for as long as it lives."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._line, selectors.EVENT_READ)
+            while True:
+                if not selector.select(beat_seconds(self._stall)):
+                    self._report()
+                elif (messages := self._line.receive()) is None:
+                    break
+                elif self._read(messages):
                     return
-                self._obey(message["verdict"], message["code"], message["failed"])
-                return
         self._line.close()
         if not self._leaving.is_set():
             self._obey(f"rank 0 on {self._where_is_main} died", EXIT_FAILURE, failed=False)
+
+    def _read(self, messages: Sequence[dict[str, Any]]) -> bool:
+        """Act on messages; True when no more will come."""
+        for message in messages:
+            if "heard" in message:
+                self._unanswered = None
+            elif "bye" in message:  # rank 0 has finished: there is nobody left to ask
+                self._line.close()
+                return True
+            else:
+                self._obey(message["verdict"], message["code"], message["failed"])
+                return True
+        return False
+
+    def _report(self) -> None:
+        """Tell rank 0 of a long phase, and once more when the next one has begun."""
+        report = self._phases.report()
+        if report.seconds < beat_seconds(self._stall) and self._reported in (None, report.sequence):
+            return
+        self._reported = report.sequence if report.seconds >= beat_seconds(self._stall) else None
+        self._line.send(report=dataclasses.asdict(report))
+        self._unanswered = self._unanswered or time.monotonic()
+        silence = time.monotonic() - self._unanswered
+        if self._doubling.due(silence) and self._rank == 1:
+            name = f"rank 0 on {self._where_is_main}"
+            say(f"note: {name} has said nothing for {silence:.0f} s while rank 1 is in {report.phase}")
 
     def _obey(self, verdict: str, code: int, failed: bool) -> None:
         self._news.set()
@@ -184,156 +219,6 @@ class PeerWatch:
             self._leaving.wait(self._grace)
         elif not self._leaving.is_set():
             advice = "" if failed else "; start again to resume from the last checkpoint"
-            with contextlib.suppress(OSError):  # whoever read it may be gone
-                # In one write, past the buffer that the main thread may hold: lines of several processes do not mix.
-                os.write(_STDERR, f"error: {verdict}; all ranks stop{advice}\n".encode())
+            say(f"error: {verdict}; all ranks stop{advice}")
         if not self._leaving.is_set():
             self._end(code)
-
-
-class _Relay:
-    """Rank 0's half: knows every process by its connection, and passes the first bad news on to all.
-
-    Args:
-        listener: where the others connect.
-        mine: the connection of rank 0's own watch.
-        where: names rank 0.
-        token: what a connection must begin with to be believed.
-        silence: as in :class:`PeerWatch`.
-    """
-
-    def __init__(self, listener: socket.socket, mine: socket.socket, where: str, token: str, silence: float) -> None:
-        self._listener = listener
-        self._token = token
-        self._silence = silence
-        self._main = _Line(mine)
-        self._names = {self._main: f"rank 0 on {where}"}
-        self._verdict: dict[str, Any] | None = None
-        self._finished = False
-        self._ranks = {0}
-        self._joined = threading.Condition()
-
-    def await_ranks(self, world_size: int) -> None:
-        """Wait, on another thread, until every rank has joined.
-
-        Raises:
-            MegatronPruneError: some have not; they are named.
-        """
-        with self._joined:
-            if not self._joined.wait_for(lambda: len(self._ranks) == world_size, _JOIN_SECONDS):
-                missing = ", ".join(str(rank) for rank in sorted(set(range(world_size)) - self._ranks))
-                raise MegatronPruneError(f"not heard of within {_JOIN_SECONDS:.0f} s of the start: rank(s) {missing}")
-
-    def run(self) -> None:
-        """Relay until rank 0 takes its leave, or the process ends."""
-        with selectors.DefaultSelector() as selector, self._listener:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._main, selectors.EVENT_READ, self._main)
-            while not self._finished:
-                for key, _ in selector.select():
-                    if key.data is None:
-                        self._accept(selector)
-                    elif (messages := key.data.receive()) is None:
-                        self._lost(selector, key.data)
-                    else:
-                        for message in messages:
-                            self._heard(key.data, message)
-            for key in selector.get_map().values():
-                if key.data is not None:
-                    key.data.send(bye=True)
-                    key.data.close()
-
-    def _accept(self, selector: selectors.BaseSelector) -> None:
-        connection, _ = self._listener.accept()
-        keep_alive(connection, self._silence)
-        line = _Line(connection)
-        selector.register(line, selectors.EVENT_READ, line)
-
-    def _lost(self, selector: selectors.BaseSelector, line: _Line) -> None:
-        selector.unregister(line)
-        line.close()
-        name = self._names.pop(line, None)
-        if name is not None:
-            self._decide(f"{name} died", EXIT_FAILURE, failed=False)
-        self._finished = self._finished or line is self._main
-
-    def _heard(self, line: _Line, message: dict[str, Any]) -> None:
-        if message.get("hello") == self._token:
-            self._names[line] = f"rank {message['rank']} on {message['where']}"
-            with self._joined:
-                self._ranks.add(message["rank"])
-                self._joined.notify()
-            if self._verdict is not None:
-                line.send(**self._verdict)
-        elif line not in self._names:
-            return  # a stranger
-        elif "bye" in message:
-            del self._names[line]
-            self._finished = self._finished or line is self._main
-        else:
-            self._decide(f"{self._names[line]} failed: {message['failed']}", message["code"], failed=True)
-
-    def _decide(self, verdict: str, code: int, failed: bool) -> None:
-        """The first news is the cause; what follows are its consequences."""
-        if self._verdict is None:
-            self._verdict = {"verdict": verdict, "code": code, "failed": failed}
-            for line in reversed(self._names):  # rank 0 last, which may be waiting for this to end its process
-                line.send(**self._verdict)
-
-
-class _Line:
-    """Messages over a socket, one JSON object a line."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-        self._unread = b""
-
-    def fileno(self) -> int:
-        """For selectors."""
-        return self._socket.fileno()
-
-    def send(self, **message: Any) -> None:
-        """Send one message. A peer that is gone is no error: its end of the stream says so."""
-        with contextlib.suppress(OSError):
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """Wait for bytes; the messages that they complete, or None when there will be no more."""
-        try:
-            received = self._socket.recv(4096)
-        except OSError:
-            return None
-        if not received:
-            return None
-        *whole, self._unread = (self._unread + received).split(b"\n")
-        messages = []
-        for text in whole:
-            with contextlib.suppress(ValueError):  # a stranger on the port speaks something else
-                messages.append(json.loads(text))
-        return [message for message in messages if isinstance(message, dict)]
-
-    def end(self) -> None:
-        """Send no more, and wake a thread that waits for messages."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Give the socket back."""
-        self._socket.close()
-
-
-def keep_alive(connection: socket.socket, silence: float) -> None:
-    """Have the kernel probe an idle connection and end it after ``silence`` seconds without an answer."""
-    interval = max(1, round(silence / (2 * _PROBES)))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(silence / 2)))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
-
-
-def _listen_anywhere() -> socket.socket:
-    """A listening socket on all addresses, IPv6 as well where the machine has it."""
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # built in, but switched off
-            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=4096, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=4096)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,38 @@ from torch import Tensor
 
 from megatron_prune.architecture import tensor_specs
 from megatron_prune.checkpoint.hf import export_verified
-from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.store import SOURCE_DIR, save_checkpoint
+from megatron_prune.checkpoint.manifest import Manifest, Progress
+from megatron_prune.checkpoint.store import (
+    SOURCE_DIR,
+    BackgroundSave,
+    HostMemory,
+    SaveError,
+    open_newest,
+    save_checkpoint,
+    verify_together,
+)
 from megatron_prune.config.values import parse_count
 from megatron_prune.errors import MegatronPruneError
-from megatron_prune.parallel.collectives import barrier
+from megatron_prune.parallel.collectives import barrier, from_main
+from megatron_prune.parallel.states import SlicedStates
 from megatron_prune.pruning.ledger import Event, shape_of
 from megatron_prune.training.console import Status
+from megatron_prune.training.inputs import placement
 from megatron_prune.training.loop import StepRecord, Trainer
-from megatron_prune.training.report import Reporter
+from megatron_prune.training.report import METRICS_FILE, Reporter, read_jsonl
 from megatron_prune.training.speed import Eta, Throughput
 
 MAX_SHARD_BYTES = 5 * 10**9
+MAX_ROLLBACKS = 3
 
 
 class _Callback:
     """Does nothing at any moment; callbacks override what they need."""
+
+    phase = "report"
+
+    def at_start(self, trainer: Trainer) -> None:
+        """See :class:`~megatron_prune.training.loop.Callback`."""
 
     def after_removal(self, trainer: Trainer, event: Event) -> None:
         """See :class:`~megatron_prune.training.loop.Callback`."""
@@ -55,6 +72,11 @@ class Metrics(_Callback):
         self._eta = Eta()
         self._scores: Mapping[str, float] | None = None
 
+    def at_start(self, trainer: Trainer) -> None:
+        """Take up the scores of the last removal before a stop."""
+        if trainer.ledger.events:
+            self._scores = trainer.ledger.events[-1].scores
+
     def after_removal(self, trainer: Trainer, event: Event) -> None:
         """Count the removal and keep its scores for the next line."""
         self._scores = event.scores
@@ -70,6 +92,9 @@ class Metrics(_Callback):
         if not record.result.applied:
             reason = "non-finite gradient, step skipped, nothing decided"
             self._reporter.event({"event": "skip", "step": progress.step, "reason": reason})
+        if record.deferred is not None:
+            reason = f"the saliency of {record.deferred} is far above its median"
+            self._reporter.event({"event": "removal put off", "step": progress.step, "reason": reason})
         last = progress.step == config.train.train_iters
         if progress.step % config.run.log_interval and not last:
             return
@@ -103,20 +128,46 @@ class Validation(_Callback):
         throughput: meter to pause.
     """
 
+    phase = "validation"
+
     def __init__(self, reporter: Reporter, throughput: Throughput) -> None:
         self._reporter = reporter
         self._throughput = throughput
 
+    def at_start(self, trainer: Trainer) -> None:
+        """Validate if that is due and the run directory has no line of it: a stop left it out."""
+        if trainer.progress.step and self._due(trainer) and not from_main(self._is_done(trainer), trainer.mesh):
+            self._validate(trainer)
+
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Validate when due."""
+        if self._due(trainer):
+            self._validate(trainer)
+
+    def _due(self, trainer: Trainer) -> bool:
         step, config = trainer.progress.step, trainer.config
         due = step % config.run.eval_interval == 0
-        if not (due or step in (trainer.progress.continue_from, config.train.train_iters)):
-            return
-        batches, count = trainer.batches.validation(config.run.eval_iters)
+        return due or step in (trainer.progress.continue_from, config.train.train_iters)
+
+    def _is_done(self, trainer: Trainer) -> bool:
+        """On the main process, the only one that can be sure to see the file as it is."""
+        directory, step = trainer.config.run.directory, trainer.progress.step
+        if not trainer.mesh.is_main or directory is None or not (path := Path(directory) / METRICS_FILE).exists():
+            return False
+        return any(line["step"] == step and "val_loss" in line for line in read_jsonl(path))
+
+    def _validate(self, trainer: Trainer) -> None:
+        """One global batch at a time; a stop between two of them leaves the validation to the resumed run."""
+        global_batches = trainer.config.run.eval_iters
+        batches, count = trainer.batches.validation(global_batches)
+        losses = []
         with self._throughput.paused():
-            loss = trainer.engine.evaluate(batches, count)
-        self._reporter.log({"step": step, "tokens": trainer.tokens, "val_loss": loss})
+            for _ in range(global_batches):
+                if trainer.asked_to_stop():
+                    return
+                losses.append(trainer.engine.evaluate(batches, count // global_batches))
+        loss = sum(losses) / len(losses)
+        self._reporter.log({"step": trainer.progress.step, "tokens": trainer.tokens, "val_loss": loss})
 
 
 class Exports(_Callback):
@@ -129,6 +180,8 @@ class Exports(_Callback):
         source_config: the source's ``config.json``.
     """
 
+    phase = "export"
+
     def __init__(
         self, reporter: Reporter, throughput: Throughput, run_dir: Path, source_config: Mapping[str, Any]
     ) -> None:
@@ -137,13 +190,26 @@ class Exports(_Callback):
         self._run_dir = run_dir
         self._source_config = source_config
 
+    def at_start(self, trainer: Trainer) -> None:
+        """Write what a stop left out."""
+        if trainer.progress.events:
+            self._export_due(trainer)
+
     def after_removal(self, trainer: Trainer, event: Event) -> None:
         """Export the budgets this removal crossed."""
+        self._export_due(trainer)
+
+    def _export_due(self, trainer: Trainer) -> None:
+        parameters = trainer.architecture.num_parameters()
         for name in trainer.config.prune.export_at:
-            if name not in trainer.progress.exported and event.parameters <= parse_count(name):
-                with self._throughput.paused():
-                    self._export(trainer, name)
-                trainer.mark_exported(name)
+            if name in trainer.progress.exported or parameters > parse_count(name):
+                continue
+            # The checkpoint will hold this very shape, unless the step goes on to remove more.
+            if not trainer.removals_left and trainer.asked_to_stop():
+                return
+            with self._throughput.paused():
+                self._export(trainer, name)
+            trainer.mark_exported(name)
 
     def _export(self, trainer: Trainer, name: str) -> None:
         partition = trainer.engine.partition
@@ -178,31 +244,71 @@ class Exports(_Callback):
 class Checkpoints(_Callback):
     """Saves every ``save_interval`` steps and whenever the run stops.
 
+    Under ``--async-save`` a checkpoint is written behind the steps that follow, one at a time: the next one waits for
+    it, and so does the end. One that cannot be written is reported, and ends the run only if ``--on-save-failure stop``
+    says so or the run ends there anyway.
+
     Args:
         reporter: where lines go.
         throughput: meter to pause.
         run_dir: checkpoints go to ``checkpoints``.
-        saved: the step whose checkpoint is there already, or None.
+        saved: what the newest checkpoint there holds, or None.
     """
 
-    def __init__(self, reporter: Reporter, throughput: Throughput, run_dir: Path, saved: int | None) -> None:
+    phase = "saving a checkpoint"
+
+    def __init__(self, reporter: Reporter, throughput: Throughput, run_dir: Path, saved: Progress | None) -> None:
         self._reporter = reporter
         self._throughput = throughput
         self._run_dir = run_dir
         self._saved = saved
+        self._pending: BackgroundSave | None = None
+        self._memory = HostMemory()
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        """Save when due."""
-        interval = trainer.config.run.save_interval
-        if interval and trainer.progress.step % interval == 0:
-            self._save(trainer)
+        """Save when due, and complete what was written in the meantime."""
+        if record.jumped:
+            self._go_back(trainer, record.result.loss)
+            return
+        run, step = trainer.config.run, trainer.progress.step
+        may_fail = run.on_save_failure == "continue"
+        due = bool(run.save_interval) and step % run.save_interval == 0
+        if self._pending is not None and (due or self._pending.written()):
+            self._complete(trainer, may_fail)
+        if due:
+            self._save(trainer, run.async_save, may_fail)
 
     def at_end(self, trainer: Trainer) -> None:
-        """Save unless this very step was saved already."""
-        if self._saved != trainer.progress.step:
-            self._save(trainer)
+        """Wait for a checkpoint that is being written; save unless this very state was saved already."""
+        if self._pending is not None:
+            self._complete(trainer, may_fail=True)  # if it fails, there is no checkpoint of this state yet
+        if self._saved != trainer.progress:
+            self._save(trainer, in_background=False, may_fail=False)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _go_back(self, trainer: Trainer, loss: float) -> None:
+        """To the newest checkpoint, if there is one."""
+        step = trainer.progress.step
+        if self._pending is not None:
+            self._complete(trainer, may_fail=True)
+        if trainer.progress.rollbacks == MAX_ROLLBACKS:
+            raise MegatronPruneError(
+                f"the loss jumped to {loss:.3f} at step {step}, after {MAX_ROLLBACKS} returns to a checkpoint for the "
+                "same reason; prune more slowly (--prune-ratio), lower --lr, or raise --rollback-loss-jump"
+            )
+        found = open_newest(self._run_dir)
+        if found is None:
+            self._reporter.event({"event": "the loss jumped", "step": step, "loss": loss, "checkpoint": "none yet"})
+            return
+        verify_together(found.checkpoint, trainer.mesh)
+        saved = found.checkpoint.manifest
+        with self._throughput.paused():
+            states = SlicedStates(found.checkpoint.fragment)
+            trainer.go_back(placement(saved.partition, trainer.config), states, saved.progress)
+        self._saved = saved.progress
+        self._reporter.event({"event": "the loss jumped", "step": step, "loss": loss, "back to": saved.progress.step})
+        self._reporter.rewind(saved.progress.step)
+
+    def _save(self, trainer: Trainer, in_background: bool, may_fail: bool) -> None:
         manifest = Manifest(
             partition=trainer.engine.partition,
             progress=trainer.progress,
@@ -210,14 +316,29 @@ class Checkpoints(_Callback):
             data_fingerprint=trainer.batches.train.fingerprint(),
             shards={},
         )
-        with self._throughput.paused():
-            path = save_checkpoint(
-                self._run_dir,
-                manifest,
-                trainer.ledger.events,
-                trainer.engine.state_fragments(),
-                trainer.mesh,
-                trainer.config.run.keep_last,
-            )
-        self._saved = trainer.progress.step
+        events, fragments = trainer.ledger.events, trainer.engine.state_fragments()
+        arguments = (self._run_dir, manifest, events, fragments, trainer.mesh, trainer.config.run.keep_last)
+        with self._throughput.paused(), self._reported(trainer, may_fail):
+            if in_background:
+                self._pending = BackgroundSave(*arguments, self._memory)
+            else:
+                self._report(trainer, save_checkpoint(*arguments), trainer.progress)
+
+    def _complete(self, trainer: Trainer, may_fail: bool) -> None:
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        with self._throughput.paused(), self._reported(trainer, may_fail):
+            self._report(trainer, pending.finish(), pending.progress)
+
+    def _report(self, trainer: Trainer, path: Path, progress: Progress) -> None:
+        self._saved = progress
         self._reporter.event({"event": "checkpoint", "step": trainer.progress.step, "to": str(path)})
+
+    @contextlib.contextmanager
+    def _reported(self, trainer: Trainer, may_fail: bool) -> Iterator[None]:
+        try:
+            yield
+        except SaveError as error:  # every rank has the same
+            if not may_fail:
+                raise
+            self._reporter.event({"event": "no checkpoint", "step": trainer.progress.step, "why": str(error)})

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -27,9 +28,9 @@ from megatron_prune.ops.optimizer import Adam
 from megatron_prune.parallel.collectives import sum_over_stage_, sum_to_main_
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.parallel.partition import Partition, is_split
-from megatron_prune.parallel.placement import deposit_, place, take
+from megatron_prune.parallel.placement import deposit_, take
 from megatron_prune.parallel.shared import SharedRows, follow_keepers_, shared_rows, sum_gradients_
-from megatron_prune.parallel.states import MOMENTS, STATE_KINDS, StateFragment, StateKind, StateSource
+from megatron_prune.parallel.states import MOMENTS, STATE_KINDS, SlicedStates, StateFragment, StateKind, StateSource
 from megatron_prune.pruning.saliency import Fragment, is_output_matrix
 from megatron_prune.pruning.surgery import dead_elements, zero_fragment_, zero_tensor_
 
@@ -97,7 +98,7 @@ class PruningEngine:
 
     # -- start, compact, resume -------------------------------------------------------------------------------------
 
-    def start(self, partition: Partition, states: StateSource, adam_steps: int) -> None:
+    def start(self, partition: Partition, states: StateSource | SlicedStates, adam_steps: int) -> None:
         """Give the module parameters of the partition's sizes, start an engine and fill its optimizer.
 
         Args:
@@ -108,7 +109,7 @@ class PruningEngine:
         self.partition = partition
         self._parameters = named_parameters(self._pipeline, partition)
         for entry in self._parameters:
-            self._place(entry, states(entry.spec, "master"))  # no name here: one whole tensor at a time
+            self._place(entry, states)
         follow_partition(self._pipeline, partition, self._mesh.tp_rank)
         self._find_shared_rows()
         self._engine = self._initialize()
@@ -117,11 +118,26 @@ class PruningEngine:
             self._make_moments(adam_steps)
         for kind in STATE_KINDS if adam_steps else STATE_KINDS[:1]:
             for entry in self._parameters:
-                self._fill(entry, kind, states(entry.spec, kind))
+                self._fill(entry, kind, states)
 
-    def _place(self, entry: NamedParameter, master: Tensor) -> None:
-        physical = place(master.to(self._mesh.device), entry.spec, self.partition, self._mesh.tp_rank)
-        entry.replace(physical.to(self._precision))
+    def restart(self, partition: Partition, states: StateSource | SlicedStates, adam_steps: int) -> None:
+        """As :meth:`start`, in place of the engine that runs."""
+        self._stop()
+        self.start(partition, states, adam_steps)
+
+    def _place(self, entry: NamedParameter, states: StateSource | SlicedStates) -> None:
+        shape = self.partition.shape(entry.spec, self._mesh.tp_rank)
+        physical = self._fragment(states, entry.spec, "master", 0, math.prod(shape)).view(shape)
+        entry.replace(physical.to(self._mesh.device, self._precision))
+
+    def _fragment(
+        self, states: StateSource | SlicedStates, spec: TensorSpec, kind: StateKind, start: int, numel: int
+    ) -> Tensor:
+        """This rank's fragment of a state; whole tensors are a collective, so every rank asks, if only for nothing."""
+        where = (self.partition, self._mesh.tp_rank, start, numel)
+        if isinstance(states, SlicedStates):
+            return states.fragment(spec, kind, *where)
+        return take(states(spec, kind), spec, *where)  # no name for the whole tensor: one at a time
 
     def compact(self, partition: Partition, adam_steps: int) -> None:
         """Move to a partition with fewer slots, keeping every live weight, master and moment.
@@ -287,14 +303,15 @@ class PruningEngine:
         self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         self._has_moments = True
 
-    def _fill(self, entry: NamedParameter, kind: StateKind, whole: Tensor) -> None:
+    def _fill(self, entry: NamedParameter, kind: StateKind, states: StateSource | SlicedStates) -> None:
         mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
+            self._fragment(states, entry.spec, kind, 0, 0)
             return
         address = mapping.lp_fragment_address
-        target = mapping.get_hp_fragment(None if kind == "master" else kind)
+        fragment = self._fragment(states, entry.spec, kind, address.start, address.numel)
         with torch.no_grad():
-            target.copy_(take(whole, entry.spec, self.partition, self._mesh.tp_rank, address.start, address.numel))
+            mapping.get_hp_fragment(None if kind == "master" else kind).copy_(fragment)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 

@@ -10,13 +10,22 @@ import torch
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.hf import SourceWeights, has_weights, read_architecture, resolve_source
-from megatron_prune.checkpoint.store import Checkpoint, newest_checkpoint
+from megatron_prune.checkpoint.store import (
+    Checkpoint,
+    DamagedCheckpoint,
+    Found,
+    open_newest,
+    set_aside,
+    verify_together,
+)
 from megatron_prune.config import Config
 from megatron_prune.data.blend import TokenBlend, parse_data_path
 from megatron_prune.data.samples import Which
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.ops.dispatch import Ops, build_ops, parse_forced
+from megatron_prune.parallel.mesh import Mesh
+from megatron_prune.parallel.partition import Partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +38,10 @@ class Inputs:
         weights: its weights, or None to start from random ones.
         train: training samples.
         valid: validation samples, or None.
-        checkpoint: what to resume from, or None.
+        checkpoint: what to resume from, or None. The checksums of its shards are not taken yet: see :func:`verified`.
         ops: kernels.
+        base: whose weights to start from (``--finetune``), or None. Verified as the checkpoint is.
+        damaged: newer checkpoints that cannot be used.
     """
 
     source_path: Path
@@ -40,6 +51,8 @@ class Inputs:
     valid: TokenBlend | None
     checkpoint: Checkpoint | None
     ops: Ops
+    base: Checkpoint | None = None
+    damaged: tuple[DamagedCheckpoint, ...] = ()
 
 
 def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inputs:
@@ -49,7 +62,11 @@ def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inpu
         UserError: something is missing, damaged or does not fit the source.
     """
     ops = build_ops(parse_forced(config.train.op_impl), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    weights = SourceWeights(source_path, source) if has_weights(source_path) else None
+    found, base = _find_checkpoints(config)
+    if found is not None:
+        _check_same_source(found.checkpoint, config, source)
+    needed = not config.run.finetune and has_weights(source_path)  # or they are those of a checkpoint
+    weights = SourceWeights(source_path, source) if needed else None
     if config.run.directory is not None:
         _check_writable(Path(config.run.directory))
     if config.model.tokenizer is not None:
@@ -66,38 +83,118 @@ def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inpu
         weights=weights,
         train=blend("train"),
         valid=blend("valid") if config.run.eval_interval else None,
-        checkpoint=_find_checkpoint(config, source),
+        checkpoint=None if found is None else found.checkpoint,
         ops=ops,
+        base=None if base is None else base.checkpoint,
+        damaged=() if found is None else found.damaged,
     )
 
 
 def read_source(config: Config) -> tuple[Path, Architecture]:
-    """Locate the source and read its architecture.
+    """Locate the source and read its architecture; under ``--finetune``, the pruned one that the run starts with.
 
     Raises:
-        UserError: it is missing or of an unsupported kind.
+        UserError: it is missing or of an unsupported kind, or ``--load`` holds no pruned version of it.
     """
     assert config.model.source is not None, "validate_config checks it"
     path = resolve_source(config.model.source)
-    return path, read_architecture(path)
+    source = read_architecture(path)
+    if not config.run.finetune:
+        return path, source
+    own, base = _find_checkpoints(config)
+    if own is not None:
+        return path, own.checkpoint.manifest.partition.source
+    assert base is not None
+    pruned = base.checkpoint.manifest.partition.architecture()
+    if not _is_pruned(pruned, source):
+        raise UserError(
+            f"--finetune: {base.checkpoint.path} is no pruned shape of --source {config.model.source}; "
+            "give the source that run was started from"
+        )
+    return path, pruned
 
 
-def _find_checkpoint(config: Config, source: Architecture) -> Checkpoint | None:
-    """The newest checkpoint of the run directory, else of ``--load``: a requeued job must not go back to its origin."""
+def verified(config: Config, inputs: Inputs, mesh: Mesh) -> Inputs:
+    """Take the checksums of the shards to be read, and go back past damaged checkpoints; a collective of all ranks.
+
+    Damaged checkpoints of the run directory get another name, so that their steps can be saved again.
+
+    Returns:
+        The inputs with the newest whole checkpoint, and all that were passed over.
+
+    Raises:
+        UserError: no checkpoint is whole, or that of ``--finetune`` is not; the same on every rank.
+    """
+    if inputs.base is not None:
+        verify_together(inputs.base, mesh)  # an older one may have another shape, which all was planned for
+    if inputs.checkpoint is None:
+        return inputs
+    checkpoint, damaged = inputs.checkpoint, inputs.damaged
+    while True:
+        try:
+            verify_together(checkpoint, mesh)
+        except DamagedCheckpoint as error:
+            found = open_newest(checkpoint.path.parent.parent, (*damaged, error))
+            assert found is not None, "it raises where none is whole"
+            checkpoint, damaged = found.checkpoint, found.damaged
+            _check_same_source(checkpoint, config, inputs.source)
+        else:
+            break
+    if mesh.is_main and is_own(checkpoint, config):
+        for damage in damaged:
+            set_aside(damage.directory)
+    return dataclasses.replace(inputs, checkpoint=checkpoint, damaged=damaged)
+
+
+def placement(saved: Partition, config: Config) -> Partition:
+    """Where the units of a checkpoint go: where they were on the same layout, else dealt out afresh."""
+    ranks = config.parallel.tensor_model_parallel_size
+    return saved if saved.tensor_parallel == ranks else saved.spread(ranks, max(1, config.prune.prune_align))
+
+
+def is_own(checkpoint: Checkpoint, config: Config) -> bool:
+    """True for a checkpoint of the run directory, not of another one that ``--load`` names."""
+    return config.run.directory is not None and checkpoint.path.parent.parent == Path(config.run.directory)
+
+
+def _find_checkpoints(config: Config) -> tuple[Found | None, Found | None]:
+    """What to resume from, and whose weights to start from; at most one of them.
+
+    The run directory comes first: a requeued job must not go back to its origin.
+    """
     run = config.run
-    places = [Path(place) for place in (run.directory, run.load) if place is not None]
-    newest = next((found for found in map(newest_checkpoint, places) if found is not None), None)
-    if newest is None:
-        if run.load is not None:
-            raise UserError(f"--load {run.load} holds no complete checkpoint; check it, or drop --load to start anew")
-        return None
-    checkpoint = Checkpoint(newest)
+    own = None if run.directory is None else open_newest(Path(run.directory))
+    if own is not None or run.load is None:
+        return own, None
+    loaded = open_newest(Path(run.load))
+    if loaded is None:
+        raise UserError(f"--load {run.load} holds no complete checkpoint; check it, or drop --load to start anew")
+    return (None, loaded) if run.finetune else (loaded, None)
+
+
+def _check_same_source(checkpoint: Checkpoint, config: Config, source: Architecture) -> None:
     if checkpoint.manifest.partition.source != source:
         raise UserError(
-            f"{newest} was started from another source than --source {config.model.source}; "
-            "give the same source, or another --save to start anew"
+            f"{checkpoint.path} was started from another source than --source {config.model.source}; "
+            "give the same source (and --finetune if it was given), or another --save to start anew"
         )
-    return checkpoint
+
+
+def _is_pruned(pruned: Architecture, source: Architecture) -> bool:
+    """True if only widths that pruning shrinks differ."""
+    same = dataclasses.replace(
+        source,
+        hidden_size=pruned.hidden_size,
+        ffn_hidden_size=pruned.ffn_hidden_size,
+        num_attention_heads=pruned.num_attention_heads,
+        kv_groups=pruned.kv_groups,
+    )
+    widths = zip(_widths(pruned), _widths(source), strict=True)
+    return same == pruned and all(narrow <= wide for narrow, wide in widths)
+
+
+def _widths(arch: Architecture) -> tuple[int, int, int]:
+    return arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads
 
 
 def _check_writable(directory: Path) -> None:

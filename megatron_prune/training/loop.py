@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.manifest import Progress
 from megatron_prune.config.schema import Config
-from megatron_prune.errors import StopRequested
+from megatron_prune.errors import MegatronPruneError, StopRequested
 from megatron_prune.parallel.collectives import from_main, largest
 from megatron_prune.parallel.mesh import Mesh
-from megatron_prune.pruning.groups import units
+from megatron_prune.parallel.partition import Partition
+from megatron_prune.parallel.phases import Phases
+from megatron_prune.parallel.states import SlicedStates, StateSource
+from megatron_prune.pruning.groups import GroupType, units
 from megatron_prune.pruning.ledger import Event, Ledger, shape_of
 from megatron_prune.pruning.planner import Decision
 from megatron_prune.training.batches import Batches
 from megatron_prune.training.engine import PruningEngine, StepResult
+from megatron_prune.training.guard import WINDOW, jumped, remembered, spiked
 from megatron_prune.training.lr import learning_rate
 from megatron_prune.training.pruner import Pruner
 from megatron_prune.training.signals import StopRequest
@@ -31,16 +36,27 @@ class StepRecord:
         lr: learning rate used.
         trained_shape: the model the step's FLOPs were spent on.
         compacted: tensors were physically cut after it.
+        deferred: type whose removal was put off for a spike of its saliency, or None.
+        jumped: its loss is too far above what is usual, and groups were removed lately.
     """
 
     result: StepResult
     lr: float
     trained_shape: Architecture
     compacted: bool
+    deferred: GroupType | None
+    jumped: bool
 
 
 class Callback(Protocol):
     """Something that happens beside training. Called on every rank, in the order of the list."""
+
+    @property
+    def phase(self) -> str:
+        """What it does, for users who wonder where a run hangs."""
+
+    def at_start(self, trainer: Trainer) -> None:
+        """The run begins or goes on: what a stop left out can be made up for."""
 
     def after_removal(self, trainer: Trainer, event: Event) -> None:
         """A group was removed."""
@@ -64,6 +80,9 @@ class Trainer:
         ledger: record of removals.
         progress: where to start.
         callbacks: in order.
+
+    Attributes:
+        removals_left: groups that this step has chosen and not removed yet.
     """
 
     def __init__(
@@ -85,6 +104,11 @@ class Trainer:
         self.progress = progress
         self._pruner = pruner
         self._callbacks = callbacks
+        self._stop = StopRequest(None)
+        self._stopped_by: str | None = None
+        self._phases = Phases()
+        self._deferred: GroupType | None = None
+        self.removals_left = 0
 
     @property
     def architecture(self) -> Architecture:
@@ -101,21 +125,47 @@ class Trainer:
         """True while the budget is not met."""
         return self._pruner is not None and self.progress.continue_from is None
 
-    def run(self, stop: StopRequest) -> None:
+    def run(self, stop: StopRequest, phases: Phases | None = None) -> None:
         """Train to ``train_iters``.
+
+        Args:
+            stop: polled between steps, and by callbacks that take longer than one.
+            phases: told what this process is doing.
 
         Raises:
             StopRequested: asked to stop; the callbacks have saved everything.
         """
-        while self.progress.step < self.config.train.train_iters:
-            if largest(int(stop.reason is not None), self.mesh):
-                reason = from_main(stop.reason, self.mesh) or "a signal on another rank"
-                self._finish()
-                raise StopRequested(f"stopped at step {self.progress.step} by {reason}; start again to go on")
-            record = self._step()
+        self._stop, self._phases = stop, phases or self._phases
+        for callback in self._callbacks:
+            with self._phase(callback.phase):
+                callback.at_start(self)
+        while self._goes_on():
+            with self._phases.inside("training step", self.progress.step + 1):
+                record = self._step()
             for callback in self._callbacks:
-                callback.after_step(self, record)
+                with self._phase(callback.phase):
+                    callback.after_step(self, record)
+            self._check_skips()
         self._finish()
+        if self._stopped_by is not None:
+            stop.obeyed()
+            raise StopRequested(f"stopped at step {self.progress.step} by {self._stopped_by}; start again to go on")
+
+    def asked_to_stop(self) -> bool:
+        """True from the moment that any process has been asked to; a collective.
+
+        After it was True the run ends with :class:`StopRequested`, whatever was left out, even after its last step.
+        """
+        if self._stopped_by is None and largest(int(self._stop.reason is not None), self.mesh):
+            self._stopped_by = from_main(self._stop.reason, self.mesh) or "a signal on another rank"
+        return self._stopped_by is not None
+
+    def _goes_on(self) -> bool:
+        self._phases.enter("next step", self.progress.step)
+        return self.progress.step < self.config.train.train_iters and not self.asked_to_stop()
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return self._phases.inside(name, self.progress.step)
 
     def learning_rate(self) -> float:
         """Rate of the next step: warm-up then constant while pruning, then a fresh schedule to the end."""
@@ -146,24 +196,75 @@ class Trainer:
         pruner = self._pruner if self.pruning else None
         decide = None
         if pruner is not None and pruner.due(progress.step, progress.units_spent):
-            decide = lambda: pruner.decide(progress.step, progress.units_spent)  # noqa: E731
+            decide = lambda: self._decide(pruner)  # noqa: E731
+        self._deferred = None
         result = self.engine.train_step(self.batches.training(progress.consumed_samples), lr, decide)
+        jumped = self._watch_loss(result.loss)
         self._advance(
             step=progress.step + 1,
             adam_steps=progress.adam_steps + result.applied,
             consumed_samples=progress.consumed_samples + self.config.train.global_batch_size,
+            skips_in_a_row=0 if result.applied else progress.skips_in_a_row + 1,
         )
         compacted = False
         if pruner is not None and decide is not None:
             if result.applied:
+                self.removals_left = pruner.chosen
                 for decision in pruner.commit():
+                    self.removals_left -= 1
                     self._record(decision)
                 compacted = self._compact_if_due()
             else:
                 pruner.discard()
             if pruner.met:
                 self._advance(continue_from=self.progress.step)
-        return StepRecord(result, lr, shape, compacted)
+        return StepRecord(result, lr, shape, compacted, self._deferred, jumped)
+
+    def _decide(self, pruner: Pruner) -> None:
+        with self._phases.inside("decision", self.progress.step + 1):
+            self._deferred = pruner.decide(self.progress.step, self.progress.units_spent, self._doubts)
+        if self._deferred is not None:
+            self._advance(deferred_at=self.progress.step)
+
+    def _doubts(self, decision: Decision) -> bool:
+        """Never twice in a row: a spike that stays is how things are now."""
+        if self.progress.step - 1 == self.progress.deferred_at:
+            return False
+        kind = decision.group.type
+        return spiked(kind, decision.scores[kind], self.ledger.events, self.config.guard.saliency_spike)
+
+    def _watch_loss(self, loss: float) -> bool:
+        """Whether the loss of a step has jumped, which every rank has the same; remembers it otherwise."""
+        nats, recent, events = self.config.guard.rollback_loss_jump, self.progress.recent_losses, self.ledger.events
+        if nats is None:
+            return False
+        if events and self.progress.step - events[-1].step < WINDOW and jumped(loss, recent, nats):
+            return True
+        self._advance(recent_losses=remembered(loss, recent))
+        return False
+
+    def _check_skips(self) -> None:
+        if self.progress.skips_in_a_row >= self.config.guard.max_skipped_steps:
+            raise MegatronPruneError(
+                f"{self.progress.skips_in_a_row} steps in a row had a non-finite gradient, up to step "
+                f"{self.progress.step}; the last checkpoint is as it was: look at the data there, lower --lr, or allow "
+                "more by --max-skipped-steps"
+            )
+
+    def go_back(self, partition: Partition, states: StateSource | SlicedStates, saved: Progress) -> None:
+        """Take up an earlier state of the run, and go on with the samples that come next.
+
+        Those seen since then are not used again: the same samples would lead to the same place.
+
+        Args:
+            partition: placement to start in.
+            states: where masters and moments come from.
+            saved: counters then.
+        """
+        self.engine.restart(partition, states, saved.adam_steps)
+        self.ledger.restore(self.ledger.events[: saved.events])
+        seen, rollbacks = self.progress.consumed_samples, self.progress.rollbacks
+        self.progress = dataclasses.replace(saved, consumed_samples=seen, rollbacks=rollbacks + 1)
 
     def _record(self, decision: Decision) -> None:
         arch, group = self.architecture, decision.group
@@ -183,13 +284,15 @@ class Trainer:
         )
         self.ledger.append(event)
         for callback in self._callbacks:
-            callback.after_removal(self, event)
+            with self._phase(callback.phase):
+                callback.after_removal(self, event)
 
     def _compact_if_due(self) -> bool:
         quantum, partition = self.config.prune.prune_align, self.engine.partition
         if not quantum or not partition.compaction_due(quantum):
             return False
-        self.engine.compact(partition.compacted(quantum), self.progress.adam_steps)
+        with self._phase("compaction"):
+            self.engine.compact(partition.compacted(quantum), self.progress.adam_steps)
         return True
 
     def mark_exported(self, name: str) -> None:
@@ -201,4 +304,5 @@ class Trainer:
 
     def _finish(self) -> None:
         for callback in self._callbacks:
-            callback.at_end(self)
+            with self._phase(callback.phase):
+                callback.at_end(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -12,7 +12,7 @@ from megatron_prune.errors import MegatronPruneError
 from megatron_prune.ops.saliency import Saliency
 from megatron_prune.parallel.collectives import agreed, all_reduce_sum_, sum_over_stage_, sum_over_stages_
 from megatron_prune.parallel.mesh import Mesh
-from megatron_prune.pruning.groups import units
+from megatron_prune.pruning.groups import GroupType, units
 from megatron_prune.pruning.metrics import Metric
 from megatron_prune.pruning.planner import Budget, Decision, SaliencyNorm, choose, strike_out
 from megatron_prune.pruning.saliency import FloatArray, SaliencyVectors, Sums, accumulate, random_vectors
@@ -61,16 +61,30 @@ class Pruner:
         """True when the model is at or under the target."""
         return self._rules.budget.met(self._engine.partition.architecture())
 
+    @property
+    def chosen(self) -> int:
+        """Groups chosen and not carried out."""
+        return len(self._pending)
+
     def due(self, step: int, spent: int) -> bool:
         """True when optimizer step ``step`` (0-based) has to prune."""
         return self._rules.schedule.wants(step, spent)
 
-    def decide(self, step: int, spent: int) -> None:
-        """Choose this step's groups from its gradients. Runs on every rank, before clipping and the update."""
+    def decide(self, step: int, spent: int, doubted: Callable[[Decision], bool]) -> GroupType | None:
+        """Choose this step's groups from its gradients. Runs on every rank, before clipping and the update.
+
+        Args:
+            step: optimizer step, from 0.
+            spent: units spent so far.
+            doubted: whether the step's first choice looks wrong; it is made on every rank and must agree.
+
+        Returns:
+            The type whose removal was doubted, in which case nothing is chosen; else None.
+        """
         self._pending = []
         vectors = self._measure(step)
         if not vectors.finite:
-            return
+            return None
         partition, budget = self._engine.partition, self._rules.budget
         while self._rules.schedule.wants(step, spent) and not budget.met(partition.architecture()):
             decision = choose(vectors, partition, budget, self._rules.norm, self._gather)
@@ -81,9 +95,12 @@ class Pruner:
                     "raise --target-params or lower --prune-align, the floor of ffn and stem"
                 )
             agreed(json.dumps([decision.group.type, decision.group.removed]), self._mesh)
+            if not self._pending and doubted(decision):
+                return decision.group.type
             self._pending.append(decision)
             spent += units(decision.group.type, partition.source)
             partition, vectors = decision.partition, strike_out(vectors, decision.group)
+        return None
 
     def commit(self) -> Iterator[Decision]:
         """Remove what was chosen, the step having been applied; yields after each removal."""

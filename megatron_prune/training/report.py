@@ -63,7 +63,7 @@ class Reporter:
     def truncate_after(self, step: int) -> None:
         """Drop the metrics of later steps, which a run resumed at ``step`` goes through again.
 
-        Call it once before the first :meth:`log`, with 0 for a run that starts anew. A line that an interrupted
+        Call it before the first :meth:`log`, with 0 for a run that starts anew. A line that an interrupted
         process left torn goes too.
         """
         self._first_step = step
@@ -80,6 +80,13 @@ class Reporter:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of later steps in the middle of a run, which goes back to ``step``."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self.truncate_after(step)
 
     def log(self, record: Mapping[str, Any], status: Status | None = None) -> None:
         """Report an interval or a validation everywhere.

@@ -16,8 +16,8 @@ from megatron_prune.checkpoint.hf import (
     copy_companions,
     read_config,
 )
-from megatron_prune.checkpoint.manifest import Manifest, Progress
-from megatron_prune.checkpoint.store import LEDGER_FILE, SOURCE_DIR, Checkpoint, newest_checkpoint
+from megatron_prune.checkpoint.manifest import Progress
+from megatron_prune.checkpoint.store import LEDGER_FILE, SOURCE_DIR, Checkpoint
 from megatron_prune.config import (
     Config,
     deepspeed_config,
@@ -33,7 +33,7 @@ from megatron_prune.ops.saliency import Saliency
 from megatron_prune.parallel.collectives import agreed
 from megatron_prune.parallel.mesh import Mesh, make_mesh
 from megatron_prune.parallel.partition import Partition
-from megatron_prune.parallel.states import StateKind, StateSource
+from megatron_prune.parallel.states import SlicedStates, StateKind, StateSource
 from megatron_prune.pruning.groups import GROUP_TYPES, GroupType
 from megatron_prune.pruning.ledger import Ledger
 from megatron_prune.pruning.planner import Budget
@@ -41,7 +41,7 @@ from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.training.batches import Batches
 from megatron_prune.training.callbacks import Checkpoints, Exports, Metrics, Validation
 from megatron_prune.training.engine import AdamSettings, PruningEngine, prepare_deepspeed
-from megatron_prune.training.inputs import Inputs
+from megatron_prune.training.inputs import Inputs, is_own, placement, verified
 from megatron_prune.training.loop import Callback, Trainer
 from megatron_prune.training.pruner import Pruner, PruneRules
 from megatron_prune.training.report import Reporter
@@ -59,13 +59,14 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     """
     prepare_deepspeed()
     world_size = torch.distributed.get_world_size()
+    parallel = config.parallel
+    mesh = make_mesh(device, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    inputs = verified(config, inputs, mesh)
     checkpoint = inputs.checkpoint
     partition = _partition(config, inputs)
     budget = _budget(config, inputs.source)
     met = budget is None or budget.met(partition.architecture())
     progress = _resumed(config, checkpoint, met) if checkpoint else Progress()
-    parallel = config.parallel
-    mesh = make_mesh(device, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     # Ranks that read different directories (a --save that is not shared) would build different models.
     agreed(f"resume {progress.step} events {progress.events}", mesh)
     sequence_parallel = parallel.sequence_parallel and mesh.tp_size > 1
@@ -93,6 +94,9 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     ledger = Ledger(run_dir / LEDGER_FILE if run_dir is not None and mesh.is_main else None)
     ledger.restore(checkpoint.events if checkpoint else [])
     reporter.truncate_after(progress.step)
+    for damage in reversed(inputs.damaged):
+        what = {"file": str(damage.directory / damage.file), "why": damage.why}
+        reporter.event({"event": "went back past a damaged checkpoint", "step": progress.step, **what})
     return Trainer(
         config,
         engine,
@@ -106,20 +110,17 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
 
 
 def _partition(config: Config, inputs: Inputs) -> Partition:
-    """Where units go: where the checkpoint had them on the same layout, else dealt out afresh."""
-    ranks = config.parallel.tensor_model_parallel_size
     if inputs.checkpoint is None:
-        return Partition.of(inputs.source, ranks)
-    saved = inputs.checkpoint.manifest.partition
-    return saved if saved.tensor_parallel == ranks else saved.spread(ranks, max(1, config.prune.prune_align))
+        return Partition.of(inputs.source, config.parallel.tensor_model_parallel_size)
+    return placement(inputs.checkpoint.manifest.partition, config)
 
 
 def _resumed(config: Config, checkpoint: Checkpoint, met: bool) -> Progress:
     """Where a run goes on. A changed pace or a lowered target starts counting units now, not from the beginning."""
     progress = checkpoint.manifest.progress
-    before = checkpoint.manifest.settings
-    start = before["prune"]["prune_start_iter"]
-    pace = (before["prune"]["prune_ratio"], before["optim"]["lr_warmup_iters"] if start is None else start)
+    before = checkpoint.manifest.setting
+    start = before("prune", "prune_start_iter")
+    pace = (before("prune", "prune_ratio"), before("optim", "lr_warmup_iters") if start is None else start)
     reopened = progress.continue_from is not None and not met
     if reopened:
         progress = dataclasses.replace(progress, continue_from=None)
@@ -167,14 +168,16 @@ def _callbacks(config: Config, inputs: Inputs, mesh: Mesh, reporter: Reporter, r
         callbacks.append(Validation(reporter, throughput))
     if run_dir is not None:
         callbacks.append(Exports(reporter, throughput, run_dir, _source_config(inputs)))
-        newest = newest_checkpoint(run_dir)
-        saved = None if newest is None else Manifest.read(newest).progress.step
-        callbacks.append(Checkpoints(reporter, throughput, run_dir, saved))
+        saved = inputs.checkpoint
+        own = None if saved is None or not is_own(saved, config) else saved.manifest.progress
+        callbacks.append(Checkpoints(reporter, throughput, run_dir, own))
     return callbacks
 
 
-def _states(config: Config, inputs: Inputs) -> StateSource:
-    checkpoint, weights = inputs.checkpoint, inputs.weights
+def _states(config: Config, inputs: Inputs) -> StateSource | SlicedStates:
+    weights, saved = inputs.weights, inputs.checkpoint or inputs.base
+    if saved is not None:
+        return SlicedStates(saved.fragment)
 
     def from_source(spec: TensorSpec, kind: StateKind) -> torch.Tensor:
         assert kind == "master", "a source has no moments"
@@ -183,7 +186,7 @@ def _states(config: Config, inputs: Inputs) -> StateSource:
             return initial_tensor(spec.name, shape, config.train.seed, inputs.source.num_layers)
         return weights.tensor(spec.name).float()
 
-    return checkpoint.live if checkpoint is not None else from_source
+    return from_source
 
 
 def _source_config(inputs: Inputs) -> Mapping[str, Any]:

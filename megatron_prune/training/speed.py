@@ -127,7 +127,9 @@ class Eta:
         self._steps: deque[tuple[float, int]] = deque(maxlen=ETA_WINDOW)
 
     def update(self, step: int) -> None:
-        """Tell how many optimizer steps are done by now."""
+        """Tell how many optimizer steps are done by now; fewer than before if the run has gone back."""
+        if self._steps and step <= self._steps[-1][1]:
+            self._steps.clear()
         self._steps.append((self._clock(), step))
 
     def seconds(self, steps_left: int) -> float | None:

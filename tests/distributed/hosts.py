@@ -186,7 +186,7 @@ class TinyRun:
                 command = [*_torchrun(), "--nnodes", "2", "--nproc-per-node", "1", *where]
             else:  # srun starts the program itself; MASTER_ADDR is the batch script's
                 command = [sys.executable]
-                variables |= {"SLURM_PROCID": node, "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
+                variables |= {"SLURM_PROCID": node, "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
                 variables |= {"MASTER_ADDR": address, "MASTER_PORT": port}
             started.append(start([*host.prefix, *command, str(self.script), *flags], variables))
         return started

@@ -27,6 +27,8 @@ from megatron_prune import pretrain
 from megatron_prune.architecture import TensorSpec, tensor_specs
 from megatron_prune.parallel.partition import Partition, is_split
 from megatron_prune.parallel.states import StateKind, StateSource
+from megatron_prune.pruning.groups import GroupType
+from megatron_prune.pruning.planner import Decision
 from megatron_prune.training import setup
 from megatron_prune.training.loop import Trainer
 
@@ -153,10 +155,10 @@ def watch(trainer: Trainer, report: Report, traffic: Traffic) -> Trainer:
         report.resources.append(held_now())
         report.peaks.append({"peak": peak, **after, "largest": before["largest"], "whole_tensors": whole.most})
 
-    def decide_and_count(step: int, spent: int) -> None:
+    def decide_and_count(step: int, spent: int, doubted: Callable[[Decision], bool]) -> GroupType | None:
         arch = engine.partition.architecture()
         traffic.calls, traffic.on = [], True
-        decide(step, spent)
+        deferred = decide(step, spent, doubted)
         traffic.on = False
         report.decisions.append(
             {
@@ -169,6 +171,7 @@ def watch(trainer: Trainer, report: Report, traffic: Traffic) -> Trainer:
                 "stem": len(engine.partition.stem),
             }
         )
+        return deferred
 
     setattr(engine, "start", start_and_count)  # noqa: B010  # mypy: a method is replaced
     setattr(engine, "compact", compact_and_look)  # noqa: B010

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from layout_runs import (
 
 SOURCE = Source(heads=6, kv_heads=3)
 EVERYWHERE = Layout(tensor=2, pipeline=2, data=2)
-MIDDLE = 4  # steps; the budget is met after 7
+#: Six heads go to three ranks, then five; three KV heads lie on two ranks with one of them on both.
+LAYOUTS = [Layout(*size) for size in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (3, 1, 1))]
+MIDDLE = 3  # steps; the budget is met after 6 or 7
 KEEPS_ALL = {"save_interval": MIDDLE, "keep_last": 9}
 
 
@@ -39,19 +42,15 @@ def moved(runs: Runs, origin: Path, layout: Layout, name: str) -> Path:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [
-        (EVERYWHERE, Layout()),
-        (Layout(), EVERYWHERE),
-        (Layout(2, 2, 1), Layout(3)),
-        (Layout(3), Layout(2, 1, 2, True)),
-        (Layout(1, 1, 2), Layout(1, 2, 1)),
-    ],
+    [*itertools.permutations(LAYOUTS, 2), (EVERYWHERE, Layout()), (Layout(3), Layout(2, 1, 2, True))],
     ids=str,
 )
 def test_a_run_moves_between_layouts(runs: Runs, before: Layout, after: Layout) -> None:
     baseline = runs.get(SOURCE, Layout(), **KEEPS_ALL)
     run = moved(runs, runs.get(SOURCE, before, **KEEPS_ALL), after, f"{before}-to-{after}")
-    assert 0 < sum(event["step"] <= MIDDLE for event in lines(run / "ledger.jsonl")) < 60
+    steps = [event["step"] for event in lines(run / "ledger.jsonl")]
+    assert min(steps) <= MIDDLE
+    assert sum(step > MIDDLE for step in steps) >= 10, "in the middle of pruning"
     assert_same_decisions(run, baseline)
     assert_same_curves(run, baseline)
     assert_same_weights(run, baseline)

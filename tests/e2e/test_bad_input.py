@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import signal
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_prune import pretrain
 from megatron_prune.data.indexed import IndexedDatasetWriter
-from megatron_prune.pretrain import main
+from megatron_prune.parallel.join import joined
+from megatron_prune.pretrain import QUIET_SECONDS, main
 
 
 @pytest.fixture
@@ -140,6 +146,53 @@ def test_an_error_on_another_rank_is_said(
         monkeypatch.setenv(name, value)
     assert main(workspace.flags("unused", source="/nowhere/model")) == 2
     assert "error: rank 1: source '/nowhere/model'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "mistake", [["--lr", "-1"], ["--leraning-rate", "1"], ["--lr", "fast"], ["--config", "/nowhere.yaml"]], ids=str
+)
+def test_a_wrong_setting_is_said_once_per_node(
+    workspace: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], mistake: list[str]
+) -> None:
+    """The others of the node keep quiet for long enough: a launcher ends all of them once the first has left."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    for rank in range(2):
+        for name, value in {"RANK": rank + 8, "WORLD_SIZE": 16, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        assert main([*workspace.flags("unused"), *mistake]) == 2
+        error = capfd.readouterr().err
+        assert (error.startswith("error: rank 8: ") and error.count("\n") == 1) if rank == 0 else not error
+        assert waits == [QUIET_SECONDS] * rank
+
+
+@pytest.mark.parametrize(
+    ("rank", "code", "line"),
+    [(0, 1, "rank(s) 1 of 2 never arrived at 127.0.0.1:"), (1, 2, "rank 1: no rank 0 at 127.0.0.1:")],
+)
+def test_a_rank_that_never_comes_is_not_waited_for(
+    workspace: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: int, code: int, line: str
+) -> None:
+    """It was lost, or made a mistake of its own, before there was a watch over it."""
+    monkeypatch.setattr(pretrain, "joined", functools.partial(joined, 0.3))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    handler = signal.getsignal(signal.SIGTERM)
+    assert main(workspace.flags("unused")) == code
+    assert signal.getsignal(signal.SIGTERM) == handler
+    errors = [text for text in capfd.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {line}{port} within 0 s")
+
+
+def test_a_launcher_ends_after_the_one_line(workspace: Any) -> None:
+    done = workspace.run(["--no-such-flag"], processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: unknown flag --no-such-flag") == 1
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
 
 
 def test_all_configuration_errors_come_together(fails: Any) -> None:

@@ -28,7 +28,7 @@ while [[ $1 == --* ]]; do shift; done
 [[ -z ${STUB_EXIT:-} ]] || exit "$STUB_EXIT"
 tasks=()
 for task in 0 1; do
-    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 "$@" &
+    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_STEP_NUM_TASKS=2 "$@" &
     tasks+=($!)
 done
 if [[ -n ${STUB_SIGNAL_AFTER:-} ]]; then

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from megatron_prune.errors import UserError
-from megatron_prune.parallel.mesh import map_launcher_environment
+from megatron_prune.errors import ConfigError
+from megatron_prune.parallel.mesh import init_process_group, map_launcher_environment
 
-SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+#: A task of a step that srun started, and a batch script, which looks like its first task.
+SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}
+BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}
 
 
 def test_slurm_is_mapped() -> None:
@@ -19,8 +23,10 @@ def test_slurm_is_mapped() -> None:
 
 
 def test_slurm_without_an_address_says_what_to_export() -> None:
-    with pytest.raises(UserError, match="export MASTER_ADDR"):
-        map_launcher_environment(dict(SLURM))
+    environ = dict(SLURM)
+    with pytest.raises(ConfigError, match="export MASTER_ADDR"):
+        map_launcher_environment(environ)
+    assert environ["LOCAL_RANK"] == "1", "so that one task of a node says it"
 
 
 def test_torchrun_and_deepspeed_are_left_alone() -> None:
@@ -30,10 +36,31 @@ def test_torchrun_and_deepspeed_are_left_alone() -> None:
     assert environ == before
 
 
-@pytest.mark.parametrize("environ", [{}, {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}])
+@pytest.mark.parametrize("environ", [{}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, BATCH_SCRIPT])
 def test_a_plain_start_is_a_group_of_one(environ: dict[str, str]) -> None:
     environ = dict(environ)
-    map_launcher_environment(environ)
+    note = map_launcher_environment(environ)
     assert environ["WORLD_SIZE"] == "1"
     assert environ["RANK"] == "0"
     assert int(environ["MASTER_PORT"]) > 0
+    assert (note is not None) == (environ.get("SLURM_NTASKS") == "8")
+
+
+def test_a_batch_script_without_srun_is_told_so() -> None:
+    note = map_launcher_environment(dict(BATCH_SCRIPT))
+    assert note is not None
+    assert "one process of a Slurm job of 8 tasks" in note
+
+
+@pytest.mark.parametrize(("devices", "expected"), [(1, 0), (4, 3), (2, 1)])
+def test_the_device_of_a_rank(monkeypatch: pytest.MonkeyPatch, devices: int, expected: int) -> None:
+    """All devices of the node are visible, or the task's own only."""
+    chosen: list[torch.device] = []
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert init_process_group() == torch.device("cuda", expected)
+    assert chosen == [torch.device("cuda", expected)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,8 +20,10 @@ import pytest
 import torch.distributed as dist
 
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, StopRequested, UserError
-from megatron_prune.parallel import watch
-from megatron_prune.parallel.watch import PeerWatch, keep_alive, watch_peers
+from megatron_prune.parallel import relay
+from megatron_prune.parallel.phases import Phases
+from megatron_prune.parallel.relay import keep_alive
+from megatron_prune.parallel.watch import PeerWatch, watch_peers
 
 RANKS = 3
 TIMEOUT_SECONDS = 60.0
@@ -34,14 +37,17 @@ class Job:
         directory: for the meeting place, the stderr of each rank and the marks they leave.
         work: runs inside the watch.
         grace: as in :class:`PeerWatch`.
+        stall: as in :class:`PeerWatch`.
     """
 
-    def __init__(self, directory: Path, work: Callable[[int, Path], None], grace: float = 10.0) -> None:
+    def __init__(
+        self, directory: Path, work: Callable[[int, Path], None], grace: float = 10.0, stall: float = 600.0
+    ) -> None:
         self.directory = directory
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_prune.parallel.watch"])
+        context.set_forkserver_preload(["torch.distributed", "megatron_prune.parallel.watch"])
         self.processes: list[BaseProcess] = [
-            context.Process(target=run_rank, args=(rank, directory, work, grace)) for rank in range(RANKS)
+            context.Process(target=run_rank, args=(rank, directory, work, grace, stall)) for rank in range(RANKS)
         ]
         for process in self.processes:
             process.start()
@@ -69,14 +75,20 @@ class Job:
         return f"rank {rank} on {socket.gethostname()} (pid {self.processes[rank].pid})"
 
 
-def run_rank(rank: int, directory: Path, work: Callable[[int, Path], None], grace: float) -> None:
+def run_rank(rank: int, directory: Path, work: Callable[[int, Path], None], grace: float, stall: float) -> None:
     """A process of the job: as ``main`` does it, with short limits."""
     file = os.open(directory / f"stderr{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 2)
     store = dist.FileStore(str(directory / "store"), RANKS)
-    peers = PeerWatch(rank, RANKS, store, "localhost", silence=SHORT_SECONDS, patience=1.0, grace=grace)
+    phases = Phases()
+    peers = PeerWatch(
+        rank, RANKS, store, "localhost", phases=phases, silence=SHORT_SECONDS, patience=1.0, grace=grace, stall=stall
+    )
     try:
         with peers:
+            phases.enter("work" if rank == 1 else "wait for work", 3)
+            if rank != 1:
+                phases.enter("next step", 4)
             (directory / f"inside{rank}").touch()
             work(rank, directory)
     except UserError as error:
@@ -86,7 +98,7 @@ def run_rank(rank: int, directory: Path, work: Callable[[int, Path], None], grac
         sys.exit(75)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         assert time.monotonic() < deadline
@@ -195,6 +207,33 @@ def test_a_stopped_rank_is_not_dead(tmp_path: Path) -> None:
     assert job.codes() == [0, 0, 0]
 
 
+def test_a_rank_that_is_stuck_is_named_and_not_ended(tmp_path: Path) -> None:
+    job = Job(tmp_path, wait_for_the_end, stall=SHORT_SECONDS)
+    job.wait_until_watched()
+    # Repeated at twice the time: a busy machine may delay a rank's first reports.
+    said = re.compile(
+        re.escape(f"note: {job.name(1)} has been in `work` of step 3 for ")
+        + r"\d+ s \(.*\) while the others wait in `next step` of step 4\n"
+    )
+    wait_for(lambda: said.search(job.errors(0)))
+    (tmp_path / "end").touch()
+    assert job.codes() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("victim", range(RANKS))
+def test_a_rank_that_is_stopped_is_named(tmp_path: Path, victim: int) -> None:
+    job = Job(tmp_path, wait_for_the_end, stall=SHORT_SECONDS)
+    process_id = job.processes[victim].pid
+    assert process_id is not None
+    job.wait_until_watched()
+    os.kill(process_id, signal.SIGSTOP)
+    speaker = 0 if victim else 1
+    wait_for(lambda: f"note: {job.name(victim)} has said nothing for " in job.errors(speaker))
+    os.kill(process_id, signal.SIGCONT)
+    (tmp_path / "end").touch()
+    assert job.codes() == [0, 0, 0]
+
+
 def test_bad_input_on_one_rank_ends_all_with_its_code(tmp_path: Path) -> None:
     job = Job(tmp_path, one_bad_input)
     assert job.codes() == [EXIT_BAD_INPUT] * RANKS
@@ -277,7 +316,7 @@ def test_strangers_are_ignored(words: str) -> None:
 
 
 def test_a_rank_that_never_joins_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_JOIN_SECONDS", 0.1)
+    monkeypatch.setattr(relay, "JOIN_SECONDS", 0.1)
     with pytest.raises(MegatronPruneError, match=r"not heard of .* rank\(s\) 1, 2$"):
         PeerWatch(0, 3, dist.HashStore(), "localhost").__enter__()
 
@@ -291,9 +330,8 @@ def test_an_address_that_is_not_rank_0_s_is_one_line() -> None:
         PeerWatch(3, 4, store, "127.0.0.1").__enter__()
 
 
-def test_a_job_of_one_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert isinstance(watch_peers(), nullcontext)
+def test_a_job_of_one_is_not_watched() -> None:
+    assert isinstance(watch_peers(None, Phases()), nullcontext)
 
 
 def test_the_kernel_gives_up_a_vanished_host_in_time() -> None:

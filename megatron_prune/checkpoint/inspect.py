@@ -1,0 +1,244 @@
+"""What a checkpoint is, in numbers and in words, and whether it is still what was written; no tensor is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_prune.architecture import Architecture
+from megatron_prune.checkpoint.directory import CHECKPOINTS, newest_checkpoint, step_directories
+from megatron_prune.checkpoint.files import DamagedCheckpoint, read_file, regular_file, sha256_file, sha256_of
+from megatron_prune.checkpoint.manifest import COMPLETE_FILE, LEDGER_FILE, MANIFEST_FILE, Manifest
+from megatron_prune.checkpoint.shards import read_header
+from megatron_prune.config import parse_count, parse_shape
+from megatron_prune.config.targets import shape_between
+from megatron_prune.errors import UserError
+from megatron_prune.parallel.fragments import Layout
+from megatron_prune.pruning.ledger import Event, read_ledger
+
+State = Literal["complete", "damaged", "unfinished"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where pruning goes.
+
+    Attributes:
+        parameters: the budget; with a target shape its parameters, estimated if K/V heads are shared.
+        shape: ``(hidden_size, ffn_hidden_size, num_attention_heads)`` of ``--target-shape``, or None.
+    """
+
+    parameters: int
+    shape: tuple[int, int, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """One checkpoint.
+
+    Attributes:
+        path: its directory.
+        manifest: what it says of itself.
+        events: its ledger.
+        target: where pruning goes, or None without pruning.
+        layout: sizes it was written under.
+        shards: bytes of every shard by file name, in rank order.
+        other_bytes: of everything else in the directory.
+    """
+
+    path: Path
+    manifest: Manifest
+    events: Sequence[Event]
+    target: Target | None
+    layout: Layout
+    shards: dict[str, int]
+    other_bytes: int
+
+    @property
+    def source(self) -> Architecture:
+        """The model before any pruning."""
+        return self.manifest.partition.source
+
+    @property
+    def now(self) -> Architecture:
+        """The live model."""
+        return self.manifest.partition.architecture()
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the directory's files."""
+        return sum(self.shards.values()) + self.other_bytes
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Size of the directory over live parameters; 12 and a little with moments, 4 and a little without."""
+        return self.total_bytes / self.now.num_parameters()
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens consumed."""
+        return self.manifest.progress.consumed_samples * int(self.manifest.setting("data", "seq_length"))
+
+    @property
+    def pruned_share(self) -> float | None:
+        """Part of the way from the source's parameters to the target's, 0 to 1, or None without a target."""
+        if self.target is None:
+            return None
+        first, last, now = self.source.num_parameters(), self.target.parameters, self.now.num_parameters()
+        return min(1.0, (first - now) / (first - last)) if first > last else 1.0
+
+    @property
+    def stage(self) -> str:
+        """What the run was doing."""
+        progress = self.manifest.progress
+        if self.target is None:
+            return "training without pruning"
+        if progress.continue_from is not None:
+            return f"continuing since step {progress.continue_from:,}"
+        return "pruning" if progress.events else "before the first removal"
+
+
+def find_step(path: Path) -> Path:
+    """The checkpoint that a path means: a step's directory, or the newest complete one of a run.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if (path / MANIFEST_FILE).exists() or (path / COMPLETE_FILE).exists():
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise UserError(f"{path} is no checkpoint and has none; give a run directory or a {CHECKPOINTS}/step_* of one")
+    return newest
+
+
+def describe(path: Path) -> Description:
+    """Read what a checkpoint says of itself.
+
+    Args:
+        path: its directory.
+
+    Raises:
+        UserError: manifest, ledger or the header of a shard is damaged.
+    """
+    manifest = Manifest.read(path)
+    shards = {name: _shard_bytes(path, name) for name in sorted(manifest.shards)}
+    tensor = manifest.partition.tensor_parallel
+    stages = int(manifest.setting("parallel", "pipeline_model_parallel_size"))
+    others = sum(file.lstat().st_size for file in path.iterdir() if file.is_file() and file.name not in shards)
+    return Description(
+        path=path,
+        manifest=manifest,
+        events=read_ledger(regular_file(path, LEDGER_FILE)),
+        target=_target(manifest),
+        layout=Layout(tensor, stages, max(1, len(shards) // max(1, tensor * stages))),
+        shards=shards,
+        other_bytes=others,
+    )
+
+
+def damages(path: Path) -> Iterator[DamagedCheckpoint]:
+    """Recompute every checksum of a checkpoint; yields what is not as it was written, file by file."""
+    try:
+        manifest = Manifest.read(path)
+    except DamagedCheckpoint as damage:
+        yield damage
+        return
+    try:
+        if sha256_of(read_file(path, LEDGER_FILE)) != manifest.ledger:
+            yield DamagedCheckpoint(path, LEDGER_FILE, "is damaged (wrong checksum)")
+    except DamagedCheckpoint as damage:
+        yield damage
+    for name, digest in sorted(manifest.shards.items()):
+        try:
+            if sha256_file(regular_file(path, name)) != digest:
+                yield DamagedCheckpoint(path, name, "is damaged (wrong checksum)")
+        except DamagedCheckpoint as damage:
+            yield damage
+        except OSError as error:
+            yield DamagedCheckpoint(path, name, f"cannot be read ({error.strerror})")
+
+
+def run_steps(run_dir: Path, verify: bool) -> Iterator[tuple[str, State, str]]:
+    """Everything in a run's directory of checkpoints, oldest step first: name, state, and what is wrong if anything.
+
+    Args:
+        run_dir: the run directory.
+        verify: recompute all checksums; otherwise only what can be seen without reading the tensors.
+    """
+    for path in step_directories(run_dir):
+        if not (path / COMPLETE_FILE).exists():
+            yield path.name, "unfinished", f"no {COMPLETE_FILE}"
+            continue
+        try:
+            found = next(damages(path), None) if verify else None
+            if not verify:
+                describe(path)
+        except UserError as error:
+            yield path.name, "damaged", str(error)
+        else:
+            if found is None:
+                yield path.name, "complete", ""
+            else:
+                yield path.name, "damaged", f"{found.file} {found.why}"
+    for path in sorted((run_dir / CHECKPOINTS).glob(".writing_*")):
+        yield path.name, "unfinished", "being written, or left by a process that was killed"
+
+
+def description_dict(description: Description, num_events: int) -> dict[str, Any]:
+    """JSON-ready form, with the last ``num_events`` removals as ledger lines."""
+    events = description.events
+    manifest, target, layout = description.manifest, description.target, description.layout
+    progress = manifest.progress
+    return {
+        "path": str(description.path),
+        "step": progress.step,
+        "skipped_steps": progress.skipped,
+        "samples": progress.consumed_samples,
+        "tokens": description.tokens,
+        "stage": description.stage,
+        "continue_from": progress.continue_from,
+        "shape": _shape(description.now),
+        "shape_source": _shape(description.source),
+        "shape_target": None if target is None or target.shape is None else _named(target.shape),
+        "parameters": description.now.num_parameters(),
+        "parameters_source": description.source.num_parameters(),
+        "parameters_target": None if target is None else target.parameters,
+        "pruned_share": description.pruned_share,
+        "removed": dict(Counter(event.type for event in events)),
+        "last_events": [dataclasses.asdict(event) for event in events[max(0, len(events) - num_events) :]],
+        "exported": list(progress.exported),
+        "layout": dataclasses.asdict(layout),
+        "shards": description.shards,
+        "bytes": description.total_bytes,
+        "bytes_per_parameter": description.bytes_per_parameter,
+    }
+
+
+def _shard_bytes(path: Path, name: str) -> int:
+    file = regular_file(path, name)
+    try:
+        read_header(file)
+        return file.stat().st_size
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(path, name, f"is no shard of ours ({error})") from error
+
+
+def _target(manifest: Manifest) -> Target | None:
+    source = manifest.partition.source
+    shape, count = manifest.setting("prune", "target_shape"), manifest.setting("prune", "target_params")
+    if shape is not None:
+        widths = parse_shape(str(shape)).resolve(source)
+        return Target(shape_between(source, *widths).num_parameters(), widths)
+    return None if count is None else Target(parse_count(str(count)), None)
+
+
+def _shape(arch: Architecture) -> dict[str, int]:
+    return _named((arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads))
+
+
+def _named(widths: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip(("hidden_size", "ffn_hidden_size", "num_attention_heads"), widths, strict=True))
