@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 SOURCES := megatron_prune tools tests benchmarks csrc setup.py $(wildcard pretrain_prune.py)
 KERNELS := $(wildcard csrc/*.py csrc/*.h csrc/*.cpp csrc/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-source test test-gpu checks bench bench-gpu clean
+.PHONY: help setup demo demo-source test test-gpu checks bench report bench-gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -45,10 +46,16 @@ checks: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(SOURCES)
 
-bench: $(INSTALLED) ## benchmarks: ratios against a peer measured in the same process
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/decision_cost.py
-	$(BIN)/python benchmarks/vs_transformers.py --model 30M
+# The peers are no part of working on the package, so they come with the first benchmark.
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench: $(PEERS) ## benchmarks against peers measured in the same process, tables in runs/bench (15 minutes on 2 cores)
+	$(BIN)/python benchmarks/report.py --docs runs/bench
+
+report: $(PEERS) ## the same, and docs/performance.md of it
+	$(BIN)/python benchmarks/report.py
 
 bench-gpu: $(INSTALLED) ## benchmarks on an NVIDIA GPU: bandwidth of the kernels, MFU, memory, compaction
 	$(BIN)/python benchmarks/gpu_kernels.py

@@ -206,6 +206,7 @@ setup(
         "plots": PLOTS,
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
+        "bench": [*PLOTS, "torch-pruning>=1.6", "nvidia-modelopt>=0.40"],  # what benchmarks/one_shot.py compares with
         "dev": [
             *PLOTS,
             *WANDB,

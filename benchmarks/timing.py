@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
+import os
 import platform
 import statistics
 import time
@@ -145,8 +147,9 @@ def positive_int(text: str) -> int:
 
 
 def machine() -> dict[str, Cell]:
-    """What the numbers of a run belong to: versions, threads and processor."""
+    """What the numbers of a run belong to: versions, threads, processor and the instructions of our kernels."""
     facts: dict[str, Cell] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": _processor()}
+    facts |= {"cores": os.cpu_count() or 1, "instructions": _instructions()}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
@@ -175,6 +178,16 @@ def write_json(
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
+def verdict(value: float, least: float | None = None, most: float | None = None) -> str:
+    """What a number is held to, and whether it is: e.g. ``>= 1.2 met``; empty without a bound."""
+    bounds = [f">= {least:g}"] if least is not None else []
+    bounds += [f"<= {most:g}"] if most is not None else []
+    if not bounds:
+        return ""
+    met = (least is None or value >= least) and (most is None or value <= most)
+    return f"{', '.join(bounds)} {'met' if met else 'MISSED'}"
+
+
 def _nothing() -> None:
     """The wait of work that is done when its call returns."""
 
@@ -185,6 +198,14 @@ def _cell(cell: Cell | Spread, digits: int) -> str:
 
 def _plain(cell: Cell | Spread) -> object:
     return dataclasses.asdict(cell) if isinstance(cell, Spread) else cell
+
+
+def _instructions() -> str:
+    """As ``python -m megatron_prune.ops`` says it; torch comes first, so that the two share one OpenMP runtime."""
+    try:
+        return str(importlib.import_module("megatron_prune._C").info()["isa"])
+    except ImportError:
+        return "kernels not built"
 
 
 def _processor() -> str:
