@@ -104,8 +104,11 @@ def main(argv: list[str] | None = None) -> int:
         if problem:
             print(f"no comparison: {problem}", file=sys.stderr)
             return 1
+        for name in sides.keys() - set(peers):
+            sides[name].begin()
         peaks = {name: peak_of(side.step) for name, side in sides.items()}
-        measured = measure_work({name: side.step for name, side in sides.items()}, options.rounds, warmup=1)
+        # Two steps are behind each side: it is warm.
+        measured = measure_work({name: side.step for name, side in sides.items()}, options.rounds, warmup=0)
     rows: list[list[Cell | Spread]] = []
     for name, side in sides.items():
         (loss, norm), ratio, memory = side.first, measured.ratio(name, "ours"), peaks["ours"] / peaks[name]

@@ -48,12 +48,12 @@ def test_without_tables_there_is_no_page(report: Any, tmp_path: Path, capsys: py
 
 def test_the_page_shows_the_tables_that_are_there(report: Any, tmp_path: Path) -> None:
     tables, docs = tmp_path / "tables", tmp_path / "docs"
-    write(tables, "step_30M_fp32", CPU, STEP_ROWS)
+    write(tables, "step_30M_fp32_4x256", CPU, STEP_ROWS)
     write(tables, "gpu_step", GPU, [{"model": "one", "MFU %": 41.5}])
     assert report.main(["--render", "--tables", str(tables), "--docs", str(docs)]) == 0
     page = (docs / "performance.md").read_text()
     assert "| a peer | 1234 | 1.25 (1.1 .. 1.4) |" in page
-    assert "`make step_30M_fp32 once more` on 8 cores, avx2, PyTorch 2, 1 thread(s):" in page
+    assert "`make step_30M_fp32_4x256 once more` on 8 cores, avx2, PyTorch 2, 1 thread(s):" in page
     assert "on a GPU, PyTorch 2" in page
     assert "a model" not in page
     assert page.count("\n## ") == 2
@@ -76,13 +76,13 @@ def test_what_the_picture_shows() -> None:
     plot = importlib.import_module("report_plot")
     kernel = {"matrix": "8x64", "dtypes": "fp32", "eager_to_kernel": SPREAD, "compile_to_kernel": ONES}
     tables = {
-        "step_30M_fp32": {"rows": STEP_ROWS},
-        "kernels": {"rows": [kernel]},
+        "step_30M_fp32_4x256": {"rows": STEP_ROWS},
+        "kernels": {"rows": [kernel, {**kernel, "matrix": "8x32", "eager_target": "-"}]},
         "cost_demo": {"rows": [COST_ROW]},
         "one_shot_100M": {"rows": [{"side": "one that failed", "all / ours": ""}]},
     }
     assert plot.peer_ratios(tables) == [
-        ("a peer (step 30M fp32)", SPREAD),
+        ("a peer (step 30M fp32 4x256)", SPREAD),
         ("eager, 8x64 fp32 (kernels)", SPREAD),
         ("compile, 8x64 fp32 (kernels)", ONES),
     ]
@@ -93,7 +93,7 @@ def test_a_failed_benchmark_is_named_and_its_old_table_goes(
     report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tables, docs = tmp_path / "tables", tmp_path / "docs"
-    write(tables, "step_30M_fp32", CPU, STEP_ROWS)
+    write(tables, "step_30M_fp32_4x256", CPU, STEP_ROWS)
     write(tables, "kernels", CPU, [{"matrix": "old"}])
     broken = tmp_path / "benchmarks"
     broken.mkdir()
@@ -113,7 +113,7 @@ def test_a_table_keeps_the_command_that_made_it(report: Any, tmp_path: Path, mon
     assert report.measure(run, tmp_path)
     assert report.read_tables(tmp_path)["kernels"] == {
         "rows": [{"matrix": 1}],
-        "command": "python benchmarks/kernels.py",
+        "command": report.shown_command(run),
     }
 
 

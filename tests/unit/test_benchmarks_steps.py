@@ -69,6 +69,7 @@ def test_a_step_is_compared_with_transformers(tables: dict[str, Rows], precision
     assert [row["side"] for row in rows] == ["ours", "transformers + DeepSpeed", "transformers, plain loop", *more]
     assert rows[0]["time / ours"]["median"] == 1
     assert all(row["our peak / its"] > 0 for row in rows)
+    assert all(float(row["loss"]) == pytest.approx(float(rows[0]["loss"]), rel=1e-3) for row in rows)
 
 
 @pytest.mark.parametrize("wrong", ["loss", "norm", "gradient"])
