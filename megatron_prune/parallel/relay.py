@@ -8,6 +8,7 @@ import os
 import selectors
 import socket
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_prune.errors import EXIT_FAILURE, MegatronPruneError
@@ -16,6 +17,10 @@ from megatron_prune.parallel.phases import Report, Stalls, beat_seconds
 JOIN_SECONDS = 60.0
 _PROBES = 4
 _STDERR = 2
+_LONGEST_LINE = 1 << 16  # bytes; ours are a few hundred
+_HELLO = {"rank": int, "where": str}
+_REPORT = {"sequence": int, "phase": str, "seconds": float, "place": str, "waiting": bool}
+_FAILED = {"failed": str, "code": int}
 
 
 class Relay:
@@ -68,9 +73,8 @@ class Relay:
                         self._accept(selector)
                     elif (messages := key.data.receive()) is None:
                         self._lost(selector, key.data)
-                    else:
-                        for message in messages:
-                            self._heard(key.data, message)
+                    elif not all(self._heard(key.data, message) for message in messages):
+                        self._lost(selector, key.data)
                 self._look_for_stalls()
             for key in selector.get_map().values():
                 if key.data is not None:
@@ -83,10 +87,11 @@ class Relay:
             say(line)
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
-        connection, _ = self._listener.accept()
-        keep_alive(connection, self._silence)
-        line = Line(connection)
-        selector.register(line, selectors.EVENT_READ, line)
+        with contextlib.suppress(OSError):  # whoever connected may be gone already
+            connection, _ = self._listener.accept()
+            keep_alive(connection, self._silence)
+            line = Line(connection)
+            selector.register(line, selectors.EVENT_READ, line)
 
     def _lost(self, selector: selectors.BaseSelector, line: Line) -> None:
         selector.unregister(line)
@@ -96,8 +101,10 @@ class Relay:
             self._decide(f"{name} died", EXIT_FAILURE, failed=False)
         self._finished = self._finished or line is self._main
 
-    def _heard(self, line: Line, message: dict[str, Any]) -> None:
-        if message.get("hello") == self._token:
+    def _heard(self, line: Line, message: dict[str, Any]) -> bool:
+        """Act on a message; what is malformed changes nothing. False if it comes from a stranger."""
+        report: Any = message.get("report")
+        if message.get("hello") == self._token and _has(message, _HELLO):
             self._names[line] = f"rank {message['rank']} on {message['where']}"
             self._rank_of[line] = message["rank"]
             with self._joined:
@@ -106,15 +113,16 @@ class Relay:
             if self._verdict is not None:
                 line.send(**self._verdict)
         elif line not in self._names:
-            return  # a stranger
+            return False
         elif "bye" in message:
             del self._names[line]
             self._finished = self._finished or line is self._main
-        elif "report" in message:
-            self._stalls.heard(self._rank_of[line], Report(**message["report"]))
+        elif _has(report, _REPORT):
+            self._stalls.heard(self._rank_of[line], Report(**{name: report[name] for name in _REPORT}))
             line.send(heard=True)
-        else:
+        elif _has(message, _FAILED):
             self._decide(f"{self._names[line]} failed: {message['failed']}", message["code"], failed=True)
+        return True
 
     def _decide(self, verdict: str, code: int, failed: bool) -> None:
         """The first news is the cause; what follows are its consequences."""
@@ -142,7 +150,10 @@ class Line:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """Wait for bytes; the messages that they complete, or None when there will be no more."""
+        """Wait for bytes; the messages that they complete, or None when there will be no more.
+
+        A line that is no JSON object gives an empty message. One without an end is not waited for.
+        """
         try:
             received = self._socket.recv(4096)
         except OSError:
@@ -150,11 +161,7 @@ class Line:
         if not received:
             return None
         *whole, self._unread = (self._unread + received).split(b"\n")
-        messages = []
-        for text in whole:
-            with contextlib.suppress(ValueError):  # a stranger on the port speaks something else
-                messages.append(json.loads(text))
-        return [message for message in messages if isinstance(message, dict)]
+        return None if len(self._unread) > _LONGEST_LINE else [_message(text) for text in whole]
 
     def end(self) -> None:
         """Send no more, and wake a thread that waits for messages."""
@@ -164,6 +171,19 @@ class Line:
     def close(self) -> None:
         """Give the socket back."""
         self._socket.close()
+
+
+def _message(text: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError):  # a stranger on the port speaks something else
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def _has(message: Any, fields: Mapping[str, type]) -> bool:
+    """True for an object with these fields, each of its very type."""
+    return isinstance(message, dict) and all(type(message.get(name)) is kind for name, kind in fields.items())
 
 
 def keep_alive(connection: socket.socket, silence: float) -> None:

@@ -32,6 +32,7 @@ SILENCE_SECONDS = 40  # until a host that vanished is given up; with what follow
 PATIENCE_SECONDS = 5.0
 GRACE_SECONDS = 15.0
 _KEY = "rank 0"
+_LONGEST_SUMMARY = 4096  # characters, well within what the relay takes for a line
 
 
 class Meeting(Protocol):
@@ -136,7 +137,7 @@ class PeerWatch:
         self._failing.set()
         summary = str(error) if isinstance(error, MegatronPruneError) else f"{type(error).__name__}: {error}"
         code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
-        self._line.send(failed=" ".join(summary.split()), code=code)
+        self._line.send(failed=" ".join(summary.split())[:_LONGEST_SUMMARY], code=code)
         self._news.wait(self._patience)  # until it is passed on: with rank 0's process the relay would end
 
     def _start(self, run: Callable[[], None], name: str) -> None:
@@ -193,7 +194,7 @@ class PeerWatch:
             elif "bye" in message:  # rank 0 has finished: there is nobody left to ask
                 self._line.close()
                 return True
-            else:
+            elif "verdict" in message:
                 self._obey(message["verdict"], message["code"], message["failed"])
                 return True
         return False

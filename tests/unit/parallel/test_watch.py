@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -313,6 +313,41 @@ def test_strangers_are_ignored(words: str) -> None:
             stranger.sendall(f'{words}\n{{"failed": "x", "code": 9}}\n'.encode())
         time.sleep(0.2)
     assert not ended
+
+
+@contextmanager
+def relayed() -> Iterator[tuple[int, threading.Thread]]:
+    """A relay without processes around it: its port and its thread. The token is ``t``."""
+    listener, (mine, its) = relay.listen_anywhere(), socket.socketpair()
+    thread = threading.Thread(target=relay.Relay(listener, its, "here", "t", 40.0, 600.0).run)
+    thread.start()
+    yield listener.getsockname()[1], thread
+    mine.close()
+    thread.join(TIMEOUT_SECONDS)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [b"[" * 3000 + b"\n", b"\n", b"1\n", b'{"hello": "t", "rank": [], "where": "x"}\n', b"x" * (1 << 20)],
+    ids=["deep", "empty", "number", "hello", "endless"],
+)
+def test_what_a_stranger_says_first_is_the_last(words: bytes) -> None:
+    with relayed() as (port, thread):
+        with socket.create_connection(("localhost", port), timeout=TIMEOUT_SECONDS) as stranger, suppress(OSError):
+            stranger.sendall(words)
+            assert stranger.recv(1) == b"", "the line is closed"
+        assert thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    "words", [b"[" * 3000, b"x", b'{"report": {"bad": 1}}', b'{"report": {"seconds": "x"}}', b'{"failed": 1}', b"{}"]
+)
+def test_a_malformed_message_of_a_member_changes_nothing(words: bytes) -> None:
+    report = b'{"report": {"sequence": 1, "phase": "x", "seconds": 0.0, "place": "", "waiting": false}}\n'
+    with relayed() as (port, thread), socket.create_connection(("localhost", port), TIMEOUT_SECONDS) as member:
+        member.sendall(b'{"hello": "t", "rank": 1, "where": "x"}\n' + words + b"\n" + report)
+        assert member.recv(99) == b'{"heard": true}\n'
+        assert thread.is_alive()
 
 
 def test_a_rank_that_never_joins_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
