@@ -11,6 +11,7 @@ from typing import TextIO
 
 import torch
 
+from megatron_prune.checkpoint.store import damaged_directories
 from megatron_prune.config import Config, load_config, validate_against_source, validate_config
 from megatron_prune.errors import (
     EXIT_BAD_INPUT,
@@ -30,6 +31,7 @@ from megatron_prune.parallel.watch import watch_peers
 from megatron_prune.plan import format_plan, make_plan
 from megatron_prune.training.inputs import Inputs, read_inputs, read_source
 from megatron_prune.training.report import Reporter
+from megatron_prune.training.run_dir import locked
 from megatron_prune.training.signals import STOP_FILE, StopRequest
 
 #: For which a process keeps quiet about what another one of its node says: launchers end all once the first has left.
@@ -80,7 +82,7 @@ def _run(argv: Sequence[str], is_last: bool) -> None:
         _say(note)
     stop, phases = _stop_request(config, is_last), Phases()
     # Signals are remembered only once there is a loop that looks: before, they end a process that waits for others.
-    with joined() as meeting, watch_peers(meeting, phases):
+    with joined() as meeting, watch_peers(meeting, phases), locked(_main_s_directory(config)):
         device = init_process_group(meeting)
         with stop:
             _train(config, inputs, device, stop, phases)
@@ -96,9 +98,15 @@ def _read_settings(argv: Sequence[str]) -> Config:
 
 
 def _stop_request(config: Config, is_last: bool) -> StopRequest:
-    looks = config.run.directory is not None and os.environ["RANK"] == "0"
-    file = Path(config.run.directory or "", STOP_FILE) if looks else None
+    directory = _main_s_directory(config)
+    file = None if directory is None else directory / STOP_FILE
     return StopRequest(config.run.exit_duration_in_mins, file, is_last=is_last)
+
+
+def _main_s_directory(config: Config) -> Path | None:
+    """The run directory, on the process that looks after it."""
+    directory = config.run.directory
+    return Path(directory) if directory is not None and os.environ["RANK"] == "0" else None
 
 
 def _train(config: Config, inputs: Inputs, device: torch.device, stop: StopRequest, phases: Phases) -> None:
@@ -113,6 +121,9 @@ def _train(config: Config, inputs: Inputs, device: torch.device, stop: StopReque
     if forced_loss and config.parallel.tensor_model_parallel_size > 1:
         _say("note: --op-impl cross_entropy has no effect under tensor parallel: the vocabulary is split, its loss too")
     _say(_beginning(config, inputs))
+    damaged = [] if save_dir is None else damaged_directories(save_dir)
+    if damaged:
+        _say(f"note: damaged checkpoints were put aside earlier and take room: {', '.join(map(str, damaged))}")
     with Reporter(save_dir, config, is_main, config.train.train_iters) as reporter:
         trainer = build_trainer(config, inputs, device, reporter)
         trainer.run(stop, phases)

@@ -65,6 +65,11 @@ def set_aside(path: Path) -> Path:
     return place
 
 
+def damaged_directories(run_dir: Path) -> list[Path]:
+    """What :func:`set_aside` has renamed."""
+    return sorted((run_dir / CHECKPOINTS).glob(f"{_DAMAGED}*"))
+
+
 class NewCheckpoint:
     """A checkpoint on its way; all methods are for one process, the main one of a run.
 
@@ -132,8 +137,13 @@ class NewCheckpoint:
             remove_all([self._hidden(replaced)])
 
     def retire(self, keep_last: int) -> list[Path]:
-        """Take their names from complete checkpoints beyond the last ones; returns what is left to be deleted."""
-        return [self._hidden(old) for old in complete_checkpoints(self.root.parent)[:-keep_last]]
+        """Take their names from complete checkpoints beyond the last ones; returns what is left to be deleted.
+
+        Later steps do not count: the run went back past them, and must not lose what it saves for them.
+        """
+        complete = complete_checkpoints(self.root.parent)
+        until_now = [path for path in complete if step_of(path) <= step_of(self.final)]
+        return [self._hidden(old) for old in until_now[:-keep_last]]
 
     def abandon(self) -> None:
         """Remove what was written."""

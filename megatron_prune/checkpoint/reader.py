@@ -29,6 +29,9 @@ from megatron_prune.parallel.partition import Partition
 from megatron_prune.parallel.states import MOMENTS, STATE_KINDS, StateKind
 from megatron_prune.pruning.ledger import read_ledger
 
+#: How an error begins that says nothing of a file's content; :func:`read_file` has the same words.
+_UNREADABLE = "cannot be read"
+
 
 class Checkpoint:
     """A complete checkpoint opened for reading; any number of processes may read it.
@@ -77,7 +80,7 @@ class Checkpoint:
             except DamagedCheckpoint as error:
                 return error.file, error.why
             except OSError as error:
-                return name, f"cannot be read ({error.strerror})"
+                return name, f"{_UNREADABLE} ({error.strerror})"
         return None
 
     def specs(self) -> dict[str, TensorSpec]:
@@ -140,7 +143,7 @@ class Checkpoint:
 
     def _unreadable(self, error: OSError) -> DamagedCheckpoint:
         name = Path(error.filename).name if error.filename else MANIFEST_FILE
-        return DamagedCheckpoint(self.path, name, f"cannot be read ({error.strerror or error})")
+        return DamagedCheckpoint(self.path, name, f"{_UNREADABLE} ({error.strerror or error})")
 
     def _check_counters(self) -> None:
         progress = self.manifest.progress
@@ -158,7 +161,9 @@ class Checkpoint:
                 for key, piece in read_header(regular_file(self.path, name)).items():
                     pieces.setdefault(key, []).append(piece)
                     sizes[key] = sizes.get(key, 0) + piece.kept
-            except (OSError, ValueError) as error:
+            except OSError as error:
+                raise DamagedCheckpoint(self.path, name, f"{_UNREADABLE} ({error.strerror or error})") from error
+            except ValueError as error:
                 raise DamagedCheckpoint(self.path, name, f"is damaged ({error})") from error
         try:
             self._check_sizes(sizes)
@@ -244,6 +249,11 @@ def open_newest(run_dir: Path, damaged: tuple[DamagedCheckpoint, ...] = ()) -> F
         f"no checkpoint of {run_dir} is whole; of the newest, file {newest.directory / newest.file} {newest.why}; "
         "restore the files, or start anew with another --save"
     )
+
+
+def may_be_whole(error: DamagedCheckpoint) -> bool:
+    """True if the disk failed to read a file, which may be whole and readable the next time."""
+    return error.why.startswith(_UNREADABLE)
 
 
 def verify_together(checkpoint: Checkpoint, mesh: Mesh) -> None:

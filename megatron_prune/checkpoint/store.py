@@ -12,13 +12,14 @@ from megatron_prune.checkpoint.directory import (
     SOURCE_DIR,
     NewCheckpoint,
     complete_checkpoints,
+    damaged_directories,
     newest_checkpoint,
     set_aside,
     step_directories,
 )
 from megatron_prune.checkpoint.files import DamagedCheckpoint
 from megatron_prune.checkpoint.manifest import COMPLETE_FILE, LEDGER_FILE
-from megatron_prune.checkpoint.reader import Checkpoint, Found, open_newest, verify_together
+from megatron_prune.checkpoint.reader import Checkpoint, Found, may_be_whole, open_newest, verify_together
 from megatron_prune.checkpoint.writer import BackgroundSave, HostMemory, SaveError, save_checkpoint
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "NewCheckpoint",
     "SaveError",
     "complete_checkpoints",
+    "damaged_directories",
+    "may_be_whole",
     "newest_checkpoint",
     "open_newest",
     "save_checkpoint",

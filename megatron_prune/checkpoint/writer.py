@@ -70,7 +70,7 @@ class HostMemory:
         self._memory = torch.empty(0)
 
     def copy(self, fragments: Iterable[StateFragment]) -> list[StateFragment]:
-        """Copies of fp32 fragments, good until the next call.
+        """Copies of fp32 fragments, good until the next call. Raises MemoryError where there is no room.
 
         They are copied as they lie, dead padding too: to pick the live elements takes several times as long, and the
         thread that writes them has that time.
@@ -80,7 +80,10 @@ class HostMemory:
         if needed > self._memory.numel():
             on_gpu = any(fragment.values.is_cuda for fragment in sources)
             self._memory = torch.empty(0)  # the old one goes first
-            self._memory = torch.empty(needed, dtype=torch.float32, pin_memory=on_gpu)
+            try:
+                self._memory = torch.empty(needed, dtype=torch.float32, pin_memory=on_gpu)
+            except RuntimeError as error:  # of the allocator, or of the driver that pins
+                raise MemoryError(f"{4 * needed:,} bytes of host memory cannot be had") from error
         copies, start = [], 0
         for fragment in sources:
             place = self._memory[start : start + fragment.values.numel()]
@@ -95,6 +98,11 @@ class HostMemory:
 class BackgroundSave:
     """A checkpoint whose shards a thread writes from a copy in host memory while training goes on.
 
+    Attributes:
+        progress: what the checkpoint holds.
+        deleting: the thread that deletes what :meth:`finish` retired, on the main process; a run waits for it at its
+            end.
+
     All methods are collectives of all ranks, called on the thread that trains: the writing thread communicates with
     nobody. What is written is what :func:`save_checkpoint` would have written, byte for byte.
 
@@ -108,7 +116,7 @@ class BackgroundSave:
         memory: to copy to; no other save may be using it. None takes new memory.
 
     Raises:
-        SaveError: on every rank, when the directory cannot be made or the disk has no room.
+        SaveError: on every rank, when the directory cannot be made, or the disk or the memory of a host has no room.
     """
 
     def __init__(
@@ -125,7 +133,13 @@ class BackgroundSave:
         self._mesh = mesh
         self._save = _Save(run_dir, manifest, list(events), mesh, keep_last)
         self._outcome = _Outcome(error="the writing thread ended without a word")
-        copies = (memory or HostMemory()).copy(fragments)
+        self.deleting: threading.Thread | None = None
+        copies, error = [], None
+        try:
+            copies = (memory or HostMemory()).copy(fragments)
+        except MemoryError as problem:
+            error = f"rank {mesh.rank}: {problem}"
+        self._save.agree(error)
         # A daemon: a run that dies of something else must not wait for a disk.
         self._thread = threading.Thread(target=self._write, args=(copies,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -146,7 +160,10 @@ class BackgroundSave:
         self._thread.join()
         retired = self._save.finish(self._outcome)
         if retired:  # deleting takes time too
-            threading.Thread(target=remove_all, args=(retired,), name="retired checkpoints", daemon=True).start()
+            self.deleting = threading.Thread(
+                target=remove_all, args=(retired,), name="retired checkpoints", daemon=True
+            )
+            self.deleting.start()
         return self._save.path
 
     def _write(self, copies: Sequence[StateFragment]) -> None:
@@ -192,6 +209,13 @@ class _Save:
             return _Outcome(name, write_shard(self._new.scratch / name, entries, self._mesh.tp_rank))
         except OSError as problem:
             return _Outcome(error=f"{name}: {_reason(problem)}")
+
+    def agree(self, error: str | None) -> None:
+        """Give up on every rank if any of them has an error."""
+        first = next((other for other in gather(error, self._mesh) if other is not None), None)
+        if first is not None and self._mesh.is_main:
+            self._new.abandon()
+        self._raise(first)
 
     def finish(self, outcome: _Outcome) -> list[Path]:
         """Complete the checkpoint if every rank has written its shard; returns what is to be deleted now."""

@@ -69,12 +69,13 @@ class Relay:
             selector.register(self._main, selectors.EVENT_READ, self._main)
             while not self._finished:
                 for key, _ in selector.select(self._beat):
-                    if key.data is None:
+                    line = key.data
+                    if line is None:
                         self._accept(selector)
-                    elif (messages := key.data.receive()) is None:
-                        self._lost(selector, key.data)
-                    elif not all(self._heard(key.data, message) for message in messages):
-                        self._lost(selector, key.data)
+                        continue
+                    messages = line.receive()
+                    if messages is None or not all(self._heard(line, message) for message in messages):
+                        self._lost(selector, line)
                 self._look_for_stalls()
             for key in selector.get_map().values():
                 if key.data is not None:

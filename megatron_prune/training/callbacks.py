@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_prune.architecture import tensor_specs
@@ -17,11 +19,11 @@ from megatron_prune.checkpoint.manifest import Manifest, Progress
 from megatron_prune.checkpoint.store import (
     SOURCE_DIR,
     BackgroundSave,
+    DamagedCheckpoint,
     HostMemory,
     SaveError,
     open_newest,
     save_checkpoint,
-    verify_together,
 )
 from megatron_prune.config.values import parse_count
 from megatron_prune.errors import MegatronPruneError
@@ -32,10 +34,18 @@ from megatron_prune.training.console import Status
 from megatron_prune.training.inputs import placement
 from megatron_prune.training.loop import StepRecord, Trainer
 from megatron_prune.training.report import METRICS_FILE, Reporter, read_jsonl
+from megatron_prune.training.resume import newest_whole, put_aside
 from megatron_prune.training.speed import Eta, Throughput
 
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_ROLLBACKS = 3
+
+
+def report_damaged(reporter: Reporter, damaged: Sequence[DamagedCheckpoint], step: int) -> None:
+    """Say which checkpoints were passed over, newest last, to go on from ``step``."""
+    for damage in reversed(damaged):
+        what = {"file": str(damage.directory / damage.file), "why": damage.why}
+        reporter.event({"event": "went back past a damaged checkpoint", "step": step, **what})
 
 
 class _Callback:
@@ -237,6 +247,8 @@ class Exports(_Callback):
             )
         except MegatronPruneError as error:
             return {"event": "export failed its check", "why": str(error)}
+        except (OSError, SafetensorError) as error:
+            return {"event": "export could not be written", "to": str(directory), "why": str(error)}
         difference = f"logits within {verified.max_abs_logit_difference:.1e} of transformers'"
         return {"event": "export", "parameters": arch.num_parameters(), "to": str(directory), "verified": difference}
 
@@ -263,12 +275,12 @@ class Checkpoints(_Callback):
         self._run_dir = run_dir
         self._saved = saved
         self._pending: BackgroundSave | None = None
+        self._deleting: threading.Thread | None = None
         self._memory = HostMemory()
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Save when due, and complete what was written in the meantime."""
-        if record.jumped:
-            self._go_back(trainer, record.result.loss)
+        if record.jumped and self._went_back(trainer, record.result.loss):
             return
         run, step = trainer.config.run, trainer.progress.step
         may_fail = run.on_save_failure == "continue"
@@ -284,9 +296,11 @@ class Checkpoints(_Callback):
             self._complete(trainer, may_fail=True)  # if it fails, there is no checkpoint of this state yet
         if self._saved != trainer.progress:
             self._save(trainer, in_background=False, may_fail=False)
+        if self._deleting is not None:
+            self._deleting.join()
 
-    def _go_back(self, trainer: Trainer, loss: float) -> None:
-        """To the newest checkpoint, if there is one."""
+    def _went_back(self, trainer: Trainer, loss: float) -> bool:
+        """Go back to the newest whole checkpoint, if there is one."""
         step = trainer.progress.step
         if self._pending is not None:
             self._complete(trainer, may_fail=True)
@@ -295,18 +309,20 @@ class Checkpoints(_Callback):
                 f"the loss jumped to {loss:.3f} at step {step}, after {MAX_ROLLBACKS} returns to a checkpoint for the "
                 "same reason; prune more slowly (--prune-ratio), lower --lr, or raise --rollback-loss-jump"
             )
-        found = open_newest(self._run_dir)
+        found = newest_whole(open_newest(self._run_dir), trainer.mesh)
         if found is None:
             self._reporter.event({"event": "the loss jumped", "step": step, "loss": loss, "checkpoint": "none yet"})
-            return
-        verify_together(found.checkpoint, trainer.mesh)
+            return False
+        put_aside(found.damaged, trainer.mesh)
+        report_damaged(self._reporter, found.damaged, found.checkpoint.manifest.progress.step)
         saved = found.checkpoint.manifest
         with self._throughput.paused():
             states = SlicedStates(found.checkpoint.fragment)
-            trainer.go_back(placement(saved.partition, trainer.config), states, saved.progress)
+            trainer.go_back(placement(saved.partition, trainer.config), states, saved)
         self._saved = saved.progress
         self._reporter.event({"event": "the loss jumped", "step": step, "loss": loss, "back to": saved.progress.step})
         self._reporter.rewind(saved.progress.step)
+        return True
 
     def _save(self, trainer: Trainer, in_background: bool, may_fail: bool) -> None:
         manifest = Manifest(
@@ -328,7 +344,9 @@ class Checkpoints(_Callback):
         pending, self._pending = self._pending, None
         assert pending is not None
         with self._throughput.paused(), self._reported(trainer, may_fail):
-            self._report(trainer, pending.finish(), pending.progress)
+            path = pending.finish()
+            self._deleting = pending.deleting
+            self._report(trainer, path, pending.progress)
 
     def _report(self, trainer: Trainer, path: Path, progress: Progress) -> None:
         self._saved = progress

@@ -15,17 +15,18 @@ from megatron_prune.checkpoint.store import (
     DamagedCheckpoint,
     Found,
     open_newest,
-    set_aside,
     verify_together,
 )
 from megatron_prune.config import Config
 from megatron_prune.data.blend import TokenBlend, parse_data_path
 from megatron_prune.data.samples import Which
 from megatron_prune.data.tokenizer import load_tokenizer
-from megatron_prune.errors import UserError
+from megatron_prune.errors import ConfigError, UserError
 from megatron_prune.ops.dispatch import Ops, build_ops, parse_forced
+from megatron_prune.parallel.collectives import agreed
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.parallel.partition import Partition
+from megatron_prune.training.resume import newest_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,33 +118,22 @@ def read_source(config: Config) -> tuple[Path, Architecture]:
 def verified(config: Config, inputs: Inputs, mesh: Mesh) -> Inputs:
     """Take the checksums of the shards to be read, and go back past damaged checkpoints; a collective of all ranks.
 
-    Damaged checkpoints of the run directory get another name, so that their steps can be saved again.
-
     Returns:
         The inputs with the newest whole checkpoint, and all that were passed over.
 
     Raises:
         UserError: no checkpoint is whole, or that of ``--finetune`` is not; the same on every rank.
+        MegatronPruneError: the ranks opened different ones.
     """
     if inputs.base is not None:
+        agreed(str(inputs.base.path), mesh)
         verify_together(inputs.base, mesh)  # an older one may have another shape, which all was planned for
-    if inputs.checkpoint is None:
+    opened = None if inputs.checkpoint is None else Found(inputs.checkpoint, inputs.damaged)
+    found = newest_whole(opened, mesh)
+    if found is None:
         return inputs
-    checkpoint, damaged = inputs.checkpoint, inputs.damaged
-    while True:
-        try:
-            verify_together(checkpoint, mesh)
-        except DamagedCheckpoint as error:
-            found = open_newest(checkpoint.path.parent.parent, (*damaged, error))
-            assert found is not None, "it raises where none is whole"
-            checkpoint, damaged = found.checkpoint, found.damaged
-            _check_same_source(checkpoint, config, inputs.source)
-        else:
-            break
-    if mesh.is_main and is_own(checkpoint, config):
-        for damage in damaged:
-            set_aside(damage.directory)
-    return dataclasses.replace(inputs, checkpoint=checkpoint, damaged=damaged)
+    _check_same_source(found.checkpoint, config, inputs.source)
+    return dataclasses.replace(inputs, checkpoint=found.checkpoint, damaged=found.damaged)
 
 
 def placement(saved: Partition, config: Config) -> Partition:
@@ -161,12 +151,19 @@ def _find_checkpoints(config: Config) -> tuple[Found | None, Found | None]:
     """What to resume from, and whose weights to start from; at most one of them.
 
     The run directory comes first: a requeued job must not go back to its origin.
+
+    Raises:
+        ConfigError: they cannot be used. All processes of a node see the same files.
+        UserError: ``--load`` holds none.
     """
     run = config.run
-    own = None if run.directory is None else open_newest(Path(run.directory))
+    try:
+        own = None if run.directory is None else open_newest(Path(run.directory))
+        loaded = None if own is not None or run.load is None else open_newest(Path(run.load))
+    except UserError as error:
+        raise ConfigError([str(error)]) from error
     if own is not None or run.load is None:
         return own, None
-    loaded = open_newest(Path(run.load))
     if loaded is None:
         raise UserError(f"--load {run.load} holds no complete checkpoint; check it, or drop --load to start anew")
     return (None, loaded) if run.finetune else (loaded, None)

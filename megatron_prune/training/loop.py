@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from megatron_prune.architecture import Architecture
-from megatron_prune.checkpoint.manifest import Progress
+from megatron_prune.checkpoint.manifest import Manifest, Progress
 from megatron_prune.config.schema import Config
 from megatron_prune.errors import MegatronPruneError, StopRequested
 from megatron_prune.parallel.collectives import from_main, largest
@@ -24,6 +24,8 @@ from megatron_prune.training.engine import PruningEngine, StepResult
 from megatron_prune.training.guard import WINDOW, jumped, remembered, spiked
 from megatron_prune.training.lr import learning_rate
 from megatron_prune.training.pruner import Pruner
+from megatron_prune.training.report import warn
+from megatron_prune.training.resume import resumed
 from megatron_prune.training.signals import StopRequest
 
 
@@ -108,6 +110,7 @@ class Trainer:
         self._stopped_by: str | None = None
         self._phases = Phases()
         self._deferred: GroupType | None = None
+        self._ledger_lacks = False
         self.removals_left = 0
 
     @property
@@ -147,8 +150,8 @@ class Trainer:
                     callback.after_step(self, record)
             self._check_skips()
         self._finish()
+        stop.obeyed()  # also at the end of all steps: the file must not stop a run that is given more of them
         if self._stopped_by is not None:
-            stop.obeyed()
             raise StopRequested(f"stopped at step {self.progress.step} by {self._stopped_by}; start again to go on")
 
     def asked_to_stop(self) -> bool:
@@ -199,7 +202,7 @@ class Trainer:
             decide = lambda: self._decide(pruner)  # noqa: E731
         self._deferred = None
         result = self.engine.train_step(self.batches.training(progress.consumed_samples), lr, decide)
-        jumped = self._watch_loss(result.loss)
+        jumped = result.applied and self._watch_loss(result.loss)
         self._advance(
             step=progress.step + 1,
             adam_steps=progress.adam_steps + result.applied,
@@ -251,7 +254,7 @@ class Trainer:
                 "more by --max-skipped-steps"
             )
 
-    def go_back(self, partition: Partition, states: StateSource | SlicedStates, saved: Progress) -> None:
+    def go_back(self, partition: Partition, states: StateSource | SlicedStates, saved: Manifest) -> None:
         """Take up an earlier state of the run, and go on with the samples that come next.
 
         Those seen since then are not used again: the same samples would lead to the same place.
@@ -259,12 +262,16 @@ class Trainer:
         Args:
             partition: placement to start in.
             states: where masters and moments come from.
-            saved: counters then.
+            saved: its manifest; the run may have had another target or pace then.
         """
-        self.engine.restart(partition, states, saved.adam_steps)
-        self.ledger.restore(self.ledger.events[: saved.events])
+        pruner = self._pruner
+        progress = resumed(self.config, saved, pruner is None or pruner.met_by(saved.partition.architecture()))
+        self.engine.restart(partition, states, progress.adam_steps)
+        self._write_ledger(lambda: self.ledger.restore(self.ledger.events[: progress.events]))
         seen, rollbacks = self.progress.consumed_samples, self.progress.rollbacks
-        self.progress = dataclasses.replace(saved, consumed_samples=seen, rollbacks=rollbacks + 1)
+        self.progress = dataclasses.replace(progress, consumed_samples=seen, rollbacks=rollbacks + 1)
+        if pruner is not None:
+            pruner.pace_from(max(self.config.prune_start_iter, progress.pace_from), progress.pace_spent)
 
     def _record(self, decision: Decision) -> None:
         arch, group = self.architecture, decision.group
@@ -282,10 +289,24 @@ class Trainer:
             shape=shape_of(arch),
             parameters=arch.num_parameters(),
         )
-        self.ledger.append(event)
+        if self._ledger_lacks:
+            self._write_ledger(lambda: self.ledger.restore([*self.ledger.events, event]))
+        else:
+            self._write_ledger(lambda: self.ledger.append(event))
         for callback in self._callbacks:
             with self._phase(callback.phase):
                 callback.after_removal(self, event)
+
+    def _write_ledger(self, write: Callable[[], None]) -> None:
+        """A full disk does not end days of training: checkpoints have the whole ledger, and the file is made up for."""
+        try:
+            write()
+        except OSError as error:
+            if not self._ledger_lacks:
+                warn(f"the ledger cannot be written ({error.strerror or error}); it is written again with a later one")
+            self._ledger_lacks = True
+        else:
+            self._ledger_lacks = False
 
     def _compact_if_due(self) -> bool:
         quantum, partition = self.config.prune.prune_align, self.engine.partition
@@ -303,6 +324,8 @@ class Trainer:
         self.progress = dataclasses.replace(self.progress, **changes)
 
     def _finish(self) -> None:
+        if self._ledger_lacks:
+            self._write_ledger(lambda: self.ledger.restore(self.ledger.events))
         for callback in self._callbacks:
             with self._phase(callback.phase):
                 callback.at_end(self)

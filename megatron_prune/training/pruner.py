@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from megatron_prune.architecture import Architecture
 from megatron_prune.errors import MegatronPruneError
 from megatron_prune.ops.saliency import Saliency
 from megatron_prune.parallel.collectives import agreed, all_reduce_sum_, sum_over_stage_, sum_over_stages_
@@ -59,7 +60,16 @@ class Pruner:
     @property
     def met(self) -> bool:
         """True when the model is at or under the target."""
-        return self._rules.budget.met(self._engine.partition.architecture())
+        return self.met_by(self._engine.partition.architecture())
+
+    def met_by(self, arch: Architecture) -> bool:
+        """True for a model at or under the target."""
+        return self._rules.budget.met(arch)
+
+    def pace_from(self, step: int, spent: int) -> None:
+        """Count the units that are due from a step on, when ``spent`` had been spent."""
+        schedule = dataclasses.replace(self._rules.schedule, start=step, spent_before=spent)
+        self._rules = dataclasses.replace(self._rules, schedule=schedule)
 
     @property
     def chosen(self) -> int:

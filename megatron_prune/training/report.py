@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -46,7 +48,7 @@ class Reporter:
         self._total_steps = total_steps
         self._first_step = 0
         self._removed: collections.Counter[str] = collections.Counter()
-        self._file: TextIO | None = None
+        self._lost = False
         self._sinks: list[Sink] | None = None
         self._bar: tqdm[Any] | None = None
         if self._save_dir is not None:
@@ -64,7 +66,10 @@ class Reporter:
         """Drop the metrics of later steps, which a run resumed at ``step`` goes through again.
 
         Call it before the first :meth:`log`, with 0 for a run that starts anew. A line that an interrupted
-        process left torn goes too.
+        process left torn goes too, and one without a step, with a warning.
+
+        Raises:
+            OSError: the file cannot be written.
         """
         self._first_step = step
         if self._save_dir is None:
@@ -72,21 +77,18 @@ class Reporter:
         path = self._save_dir / METRICS_FILE
         if not path.exists():
             return
-        assert self._file is None, "truncate before the first line is written"
-        kept = [record for record in read_jsonl(path) if record["step"] <= step]
+        kept = list(_lines_until(path, step))
         temporary = path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
+        with temporary.open("wb") as file:
+            file.writelines(line + b"\n" for line in kept)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of later steps in the middle of a run, which goes back to ``step``."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        self.truncate_after(step)
+        with self._unless_full():
+            self.truncate_after(step)
 
     def log(self, record: Mapping[str, Any], status: Status | None = None) -> None:
         """Report an interval or a validation everywhere.
@@ -99,10 +101,8 @@ class Reporter:
             return
         clean = _jsonable(record)
         if self._save_dir is not None:
-            if self._file is None:
-                self._file = (self._save_dir / METRICS_FILE).open("a", buffering=1)
-            self._file.write(json.dumps(clean, allow_nan=False) + "\n")
-            self._file.flush()
+            with self._unless_full():
+                _append(self._save_dir / METRICS_FILE, json.dumps(clean, allow_nan=False) + "\n")
         status = dataclasses.replace(status or Status(), removed=dict(self._removed))
         self._removed.clear()
         # The console says "nan" where the file says null.
@@ -131,9 +131,16 @@ class Reporter:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+
+    @contextlib.contextmanager
+    def _unless_full(self) -> Iterator[None]:
+        """A full disk costs lines of metrics, which is said once, and no training."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost:
+                warn(f"{METRICS_FILE} cannot be written ({error.strerror or error}); lines are lost until it can")
+            self._lost = True
 
     def _say(self, line: str, step: int) -> None:
         if not sys.stderr.isatty():
@@ -166,7 +173,7 @@ class Reporter:
             try:
                 opened.append(make())
             except Exception as error:  # a sink's libraries raise anything; training is worth more than a curve
-                _warn(f"{name} is off for this run: {type(error).__name__}: {error}")
+                warn(f"{name} is off for this run: {type(error).__name__}: {error}")
         return opened
 
     def _guarded(self, sink: Sink, action: Callable[[], None]) -> None:
@@ -175,7 +182,7 @@ class Reporter:
         except Exception as error:  # as above: warn once, go on without it
             assert self._sinks is not None
             self._sinks.remove(sink)
-            _warn(f"{type(sink).__name__} stopped and is dropped: {type(error).__name__}: {error}")
+            warn(f"{type(sink).__name__} stopped and is dropped: {type(error).__name__}: {error}")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -226,7 +233,36 @@ def _flat_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, floa
     return flat
 
 
-def _warn(message: str) -> None:
+def _lines_until(path: Path, step: int) -> Iterator[bytes]:
+    """Lines of metrics up to a step, as they are in the file."""
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        of = record.get("step") if isinstance(record, dict) else None
+        if type(of) is int:
+            if of <= step:
+                yield line
+        elif number < len(lines) or record is not None:  # a torn last line is nothing unusual
+            warn(f"{path}:{number} is dropped: it is no object with a step")
+
+
+def _append(path: Path, text: str) -> None:
+    """Add to a file all of a text or nothing; raises OSError."""
+    with path.open("ab", buffering=0) as file:
+        size, data = file.tell(), text.encode()
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def warn(message: str) -> None:
+    """Print one line of warning, beside a progress bar as well."""
     line = f"warning: {message.splitlines()[0]}"
     if sys.stderr.isatty():
         tqdm.write(line, file=sys.stderr)

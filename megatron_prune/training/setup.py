@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_prune.checkpoint.hf import (
     read_config,
 )
 from megatron_prune.checkpoint.manifest import Progress
-from megatron_prune.checkpoint.store import LEDGER_FILE, SOURCE_DIR, Checkpoint
+from megatron_prune.checkpoint.store import LEDGER_FILE, SOURCE_DIR
 from megatron_prune.config import (
     Config,
     deepspeed_config,
@@ -39,12 +38,14 @@ from megatron_prune.pruning.ledger import Ledger
 from megatron_prune.pruning.planner import Budget
 from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.training.batches import Batches
-from megatron_prune.training.callbacks import Checkpoints, Exports, Metrics, Validation
+from megatron_prune.training.callbacks import Checkpoints, Exports, Metrics, Validation, report_damaged
 from megatron_prune.training.engine import AdamSettings, PruningEngine, prepare_deepspeed
 from megatron_prune.training.inputs import Inputs, is_own, placement, verified
 from megatron_prune.training.loop import Callback, Trainer
 from megatron_prune.training.pruner import Pruner, PruneRules
 from megatron_prune.training.report import Reporter
+from megatron_prune.training.resume import put_aside, resumed
+from megatron_prune.training.run_dir import replace_text, writing
 from megatron_prune.training.speed import Throughput, peak_flops
 
 
@@ -66,9 +67,11 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     partition = _partition(config, inputs)
     budget = _budget(config, inputs.source)
     met = budget is None or budget.met(partition.architecture())
-    progress = _resumed(config, checkpoint, met) if checkpoint else Progress()
+    progress = resumed(config, checkpoint.manifest, met) if checkpoint else Progress()
     # Ranks that read different directories (a --save that is not shared) would build different models.
     agreed(f"resume {progress.step} events {progress.events}", mesh)
+    if checkpoint is not None and is_own(checkpoint, config):
+        put_aside(inputs.damaged, mesh)
     sequence_parallel = parallel.sequence_parallel and mesh.tp_size > 1
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layer table
         pipeline = build_pipeline(
@@ -90,13 +93,14 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
         sequence_parallel,
     )
     engine.start(partition, _states(config, inputs), progress.adam_steps)
-    run_dir = _prepare_run_dir(config, inputs, mesh)
+    run_dir = None if config.run.directory is None else Path(config.run.directory)
     ledger = Ledger(run_dir / LEDGER_FILE if run_dir is not None and mesh.is_main else None)
-    ledger.restore(checkpoint.events if checkpoint else [])
-    reporter.truncate_after(progress.step)
-    for damage in reversed(inputs.damaged):
-        what = {"file": str(damage.directory / damage.file), "why": damage.why}
-        reporter.event({"event": "went back past a damaged checkpoint", "step": progress.step, **what})
+    with contextlib.nullcontext() if run_dir is None else writing(run_dir):
+        if run_dir is not None and mesh.is_main:
+            _prepare_run_dir(run_dir, config, inputs)
+        ledger.restore(checkpoint.events if checkpoint else [])
+        reporter.truncate_after(progress.step)
+    report_damaged(reporter, inputs.damaged, progress.step)
     return Trainer(
         config,
         engine,
@@ -113,20 +117,6 @@ def _partition(config: Config, inputs: Inputs) -> Partition:
     if inputs.checkpoint is None:
         return Partition.of(inputs.source, config.parallel.tensor_model_parallel_size)
     return placement(inputs.checkpoint.manifest.partition, config)
-
-
-def _resumed(config: Config, checkpoint: Checkpoint, met: bool) -> Progress:
-    """Where a run goes on. A changed pace or a lowered target starts counting units now, not from the beginning."""
-    progress = checkpoint.manifest.progress
-    before = checkpoint.manifest.setting
-    start = before("prune", "prune_start_iter")
-    pace = (before("prune", "prune_ratio"), before("optim", "lr_warmup_iters") if start is None else start)
-    reopened = progress.continue_from is not None and not met
-    if reopened:
-        progress = dataclasses.replace(progress, continue_from=None)
-    if reopened or pace != (config.prune.prune_ratio, config.prune_start_iter):
-        progress = dataclasses.replace(progress, pace_from=progress.step, pace_spent=progress.units_spent)
-    return progress
 
 
 def _budget(config: Config, source: Architecture) -> Budget | None:
@@ -193,19 +183,14 @@ def _source_config(inputs: Inputs) -> Mapping[str, Any]:
     return read_config(inputs.source_path)
 
 
-def _prepare_run_dir(config: Config, inputs: Inputs, mesh: Mesh) -> Path | None:
+def _prepare_run_dir(run_dir: Path, config: Config, inputs: Inputs) -> None:
     """Write the resolved settings and keep what exports need of the source, so that the run stands alone."""
-    if config.run.directory is None:
-        return None
-    run_dir = Path(config.run.directory)
-    if mesh.is_main:
-        kept = run_dir / SOURCE_DIR
-        kept.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_yaml(config))
-        (kept / "config.json").write_text(_config_text(inputs.source_path))
-        home = inputs.source_path if inputs.source_path.is_dir() else inputs.source_path.parent
-        copy_companions(home, kept, config.model.tokenizer)
-    return run_dir
+    kept = run_dir / SOURCE_DIR
+    kept.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir / "config.yaml", dump_yaml(config))
+    replace_text(kept / "config.json", _config_text(inputs.source_path))
+    home = inputs.source_path if inputs.source_path.is_dir() else inputs.source_path.parent
+    copy_companions(home, kept, config.model.tokenizer)
 
 
 def _config_text(source_path: Path) -> str:

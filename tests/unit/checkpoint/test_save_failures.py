@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from tiny_checkpoint import alone, fragments_of, logical_states, manifest_of, pruned, save_alone
 
@@ -89,6 +90,34 @@ def test_a_full_disk_behind_the_steps(tmp_path: Path, mesh: Mesh, monkeypatch: p
     with pytest.raises(SaveError, match="No space left on device"):
         pending.finish()
     assert names(tmp_path) == ["step_00000001"]
+
+
+def test_memory_that_cannot_be_had_costs_a_checkpoint(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found after the directory was made, which all ranks are told of."""
+    save_alone(tmp_path, mesh, 1)
+
+    empty = torch.empty
+
+    def refuse(size: int, **options: Any) -> Any:
+        if "pin_memory" in options:
+            raise RuntimeError("can't allocate memory")
+        return empty(size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.torch, "empty", refuse)
+        fragments = fragments_of(logical_states(pruned(), 2), pruned())
+        with pytest.raises(SaveError, match="rank 0: .* bytes of host memory cannot be had"):
+            BackgroundSave(tmp_path, manifest_of(pruned(), 2), [], fragments, mesh, 2)
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_a_later_step_does_not_push_out_what_is_saved_now(tmp_path: Path, mesh: Mesh) -> None:
+    """A run that went back past it (it could not be read) saves earlier steps than those that are there."""
+    for step in (9, 2, 3):
+        save_alone(tmp_path, mesh, step, keep_last=1)
+    assert names(tmp_path) == ["step_00000003", "step_00000009"]
 
 
 def begin(run_dir: Path, mesh: Mesh, step: int) -> BackgroundSave:

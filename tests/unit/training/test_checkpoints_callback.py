@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from megatron_prune.checkpoint.manifest import Progress
 from megatron_prune.checkpoint.store import SaveError
 from megatron_prune.config.schema import Config, RunConfig
 from megatron_prune.training import callbacks
-from megatron_prune.training.callbacks import Checkpoints
+from megatron_prune.training.callbacks import Checkpoints, Exports
 from megatron_prune.training.speed import Throughput
 
 
@@ -24,6 +25,7 @@ class Disk:
         self.log: list[str] = []
         self.full = False
         self.done = False
+        self.deleting: Any = None
 
     def save(self, run_dir: Path, manifest: Any, *others: Any) -> Path:
         return self._write("saved", manifest.progress.step)
@@ -32,7 +34,9 @@ class Disk:
         step = manifest.progress.step
         self.log.append(f"began {step}")
         finish = lambda: self._write("finished", step)  # noqa: E731
-        return SimpleNamespace(progress=manifest.progress, written=lambda: self.done, finish=finish)
+        return SimpleNamespace(
+            progress=manifest.progress, written=lambda: self.done, finish=finish, deleting=self.deleting
+        )
 
     def _write(self, what: str, step: int) -> Path:
         if self.full:
@@ -60,8 +64,8 @@ class Run:
             mesh=None,
         )
 
-    def step(self, count: int = 1) -> None:
-        record: Any = SimpleNamespace(jumped=False)
+    def step(self, count: int = 1, jumped: bool = False) -> None:
+        record: Any = SimpleNamespace(jumped=jumped, result=SimpleNamespace(loss=9.0))
         for _ in range(count):
             step = self.trainer.progress.step + 1
             self.trainer.progress = dataclasses.replace(self.trainer.progress, step=step)
@@ -151,3 +155,31 @@ def test_what_failed_behind_the_steps_is_made_up_for_at_the_end(monkeypatch: pyt
 
     monkeypatch.setattr(run.disk, "_write", once_full)
     assert run.end() == ["began 2", "failed 2", "saved 2"]
+
+
+def test_the_end_waits_for_what_is_being_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, save_interval=2, async_save=True)
+    run.disk.deleting = SimpleNamespace(join=lambda: run.disk.log.append("deleted"))
+    run.step(2)
+    assert run.end() == ["began 2", "finished 2", "deleted"]
+
+
+def test_a_jump_without_a_checkpoint_to_go_back_to_skips_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, save_interval=2)
+    monkeypatch.setattr(callbacks, "newest_whole", lambda found, mesh: None)
+    run.step(2, jumped=True)
+    assert run.disk.log == ["saved 2"]
+    assert [event["event"] for event in run.events] == ["the loss jumped", "the loss jumped", "checkpoint"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+def test_an_export_on_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(callbacks, "export_verified", full)
+    trainer: Any = SimpleNamespace(config=Config(), architecture=None)
+    any_reporter: Any = None
+    event = Exports(any_reporter, Throughput(1, 1, None), Path("run"), {})._write(trainer, "1B", {})
+    assert event["event"] == "export could not be written"
+    assert "No space left" in event["why"]

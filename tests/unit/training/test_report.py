@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import math
+import resource
+import signal
 import sys
 import types
 from collections.abc import Mapping
@@ -127,6 +129,40 @@ class TestFile:
         texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "resumed")]
         assert texts[0] == texts[1]
         assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["metrics.jsonl"]
+
+    def test_only_lines_without_a_step_are_dropped(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "metrics.jsonl"
+        bad = ['{"loss": 1}', "3", '{"step": "2"}', '{"step": true}', "[" * 3000, "{", '{"step": 1.5}']
+        good = ['{"step": 1, "loss": 2.50}', '{"step": 2}']
+        path.write_text("\n".join([good[0], *bad, good[1], '{"step": 3}', '{"st']))
+        with Reporter(tmp_path, Config(), is_main=True, total_steps=10) as reporter:
+            reporter.truncate_after(2)
+        assert path.read_text().splitlines() == good
+        warnings = capsys.readouterr().err.splitlines()
+        assert [line.split(" is dropped")[0] for line in warnings] == [f"warning: {path}:{n}" for n in range(2, 9)]
+
+    def test_a_full_disk_costs_lines_and_says_so_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Nor does half a line stay."""
+        path = tmp_path / "metrics.jsonl"
+        report_steps(tmp_path, range(1, 2))
+        size = path.stat().st_size
+        with Reporter(tmp_path, Config(), is_main=True, total_steps=10) as reporter:
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, hard))
+            try:
+                reporter.log({"step": 2})
+                reporter.log({"step": 3})
+                reporter.rewind(1)
+                assert path.stat().st_size == size
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+                signal.signal(signal.SIGXFSZ, ignored)
+            reporter.log({"step": 4})
+        assert [record["step"] for record in read_jsonl(path)] == [1, 4]
+        assert capsys.readouterr().err.count("metrics.jsonl cannot be written") == 1
 
     def test_starting_anew_empties_the_file(self, tmp_path: Path) -> None:
         report_steps(tmp_path, range(1, 4))
