@@ -54,9 +54,9 @@ def test_no_directory_has_no_lock() -> None:
 
 
 def test_a_full_disk_at_the_start_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"--save {tmp_path} cannot be written \(No space left on device\)"):
-        with writing(tmp_path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    message = rf"--save {tmp_path} cannot be written \(No space left on device\)"
+    with pytest.raises(UserError, match=message), writing(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
