@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -93,10 +94,15 @@ def _missing(config: Config) -> Iterator[str]:
         yield "--save is missing: give the run directory to write"
     if config.run.finetune and not config.run.load:
         yield "--finetune needs --load: give the run directory whose weights to start from"
-    elif config.run.finetune and config.run.save in (None, config.run.load):
+    elif config.run.finetune and (config.run.save is None or _same_place(config.run.save, config.run.load)):
         yield f"--finetune starts a run of its own: give a --save other than --load {config.run.load}"
     if config.train.train_iters < 1:
         yield f"--train-iters is {config.train.train_iters}: give the optimizer steps of the run, at least 1"
+
+
+def _same_place(one: str, other: str | None) -> bool:
+    """Two spellings of one path, links included."""
+    return other is not None and os.path.realpath(one) == os.path.realpath(other)
 
 
 def _numbers(config: Config) -> Iterator[str]:

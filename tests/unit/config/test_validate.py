@@ -73,6 +73,8 @@ def test_good(values: dict[str, object]) -> None:
         ({"finetune": True}, "--finetune needs --load"),
         ({"finetune": True, "load": "runs/a"}, "give a --save other than --load runs/a"),
         ({"finetune": True, "load": "runs/b", "save": None}, "give a --save other than --load runs/b"),
+        ({"finetune": True, "load": "./runs/a/"}, "give a --save other than --load ./runs/a/"),
+        ({"finetune": True, "load": "runs/b/../a"}, "give a --save other than --load runs/b/../a"),
         ({"min_lr": 1.0}, "--min-lr 1.0 is above --lr 0.0005"),
         ({"min_lr": 4e-4, "continue_lr": 3e-4, "target_params": "1M"}, "--min-lr 0.0004 is above --continue-lr"),
         ({"lr_warmup_iters": 10_000}, "--lr-warmup-iters 10000 leaves nothing"),
