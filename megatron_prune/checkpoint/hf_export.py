@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -324,10 +323,16 @@ def _is_ours(file: Path) -> bool:
 
 @contextlib.contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
-    """Give a scratch directory beside ``directory`` and let it take that place once the block has succeeded."""
-    suffix = secrets.token_hex(4)
-    scratch = directory.with_name(f".{directory.name}.{suffix}.tmp")
-    previous = directory.with_name(f".{directory.name}.{suffix}.old")
+    """Give a scratch directory beside ``directory`` and let it take that place once the block has succeeded.
+
+    Both names are fixed, so that the next attempt finds what one that was killed has left.
+    """
+    scratch = directory.with_name(f".writing_{directory.name}")
+    previous = directory.with_name(f".replaced_{directory.name}")
+    if previous.exists() and not directory.exists():  # killed between the two renames
+        previous.rename(directory)
+    for leftover in (scratch, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,38 @@ def test_nothing_half_written_and_the_earlier_export_stays(tmp_path: Path) -> No
     assert verify_export(tmp_path / "out", ODD, weights).num_tensors == len(weights)
     export(tmp_path / "out", ODD, weights)  # fewer shards: none of the earlier ones is left over
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+class Killed(BaseException):
+    """What nobody tidies up after."""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_the_next_export_clears_what_a_kill_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+    weights, left = random_weights(ODD), [renames]
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    def mortal(source: Path, target: Path) -> None:
+        left[0] -= 1
+        (os.rename if left[0] >= 0 else kill)(source, target)
+
+    def failing(name: str) -> Tensor:
+        raise RuntimeError("out of luck")
+
+    export(tmp_path / "out", ODD, weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", mortal)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            export(tmp_path / "out", ODD, weights)
+    assert (tmp_path / "out").exists() is (renames == 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(RuntimeError, match="out of luck"):
+        export(tmp_path / "out", ODD, failing)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the earlier one is back where it was"
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_foreign_targets_are_left_alone(tmp_path: Path) -> None:
