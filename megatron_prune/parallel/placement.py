@@ -113,14 +113,6 @@ def place(logical: Tensor, spec: TensorSpec, partition: Partition, tp_rank: int 
     return take(logical, spec, partition, tp_rank, 0, int(np.prod(shape))).view(shape)
 
 
-def extract(physical: Tensor, spec: TensorSpec, partition: Partition) -> Tensor:
-    """Whole physical tensor of an unsplit model -> logical tensor. Inverse of :func:`place`."""
-    assert partition.tensor_parallel == 1, "one rank of several does not hold the whole tensor"
-    logical = physical.new_zeros(partition.logical_shape(spec))
-    deposit_(logical, physical.reshape(-1), spec, partition, 0, 0)
-    return logical
-
-
 def kept_mask(spec: TensorSpec, partition: Partition, tp_rank: int, start: int, numel: int) -> Tensor:
     """Which elements of a flat fragment this rank is the keeper of: bool ``[numel]``. See :func:`deposit_`."""
     rows, columns = positions(spec, partition, tp_rank, kept=True)

@@ -11,7 +11,7 @@ from megatron_prune.model.pipeline import layer_shapes
 from megatron_prune.model.transformer import CausalLM, init_weights
 from megatron_prune.ops.dispatch import build_ops
 from megatron_prune.parallel.partition import Partition
-from megatron_prune.parallel.placement import extract, kept_mask, place
+from megatron_prune.parallel.placement import deposit_, kept_mask, place
 from megatron_prune.pruning.groups import MiniGroup, remove
 from megatron_prune.pruning.surgery import dead_elements, zero_fragment_, zero_tensor_
 
@@ -42,6 +42,13 @@ def build(partition: Partition, tensors: dict[str, Tensor]) -> CausalLM:
         *path, attribute = name.split(".")
         setattr(model.get_submodule(".".join(path)), attribute, nn.Parameter(value.clone()))
     return model
+
+
+def extract(physical: Tensor, spec: TensorSpec, partition: Partition) -> Tensor:
+    """Inverse of :func:`place`."""
+    logical = physical.new_zeros(partition.logical_shape(spec))
+    deposit_(logical, physical.reshape(-1), spec, partition, 0, 0)
+    return logical
 
 
 def move(physical: Tensor, spec: TensorSpec, old: Partition, new: Partition) -> Tensor:
