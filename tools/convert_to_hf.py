@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_prune.checkpoint.files import short
 from megatron_prune.checkpoint.hf import export_verified, read_config
 from megatron_prune.checkpoint.store import SOURCE_DIR, Checkpoint, newest_checkpoint
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
@@ -49,6 +50,9 @@ def _export(run_dir: Path, directory: Path, dtype: str | None, max_shard_bytes: 
     checkpoint = Checkpoint(newest)
     manifest, specs = checkpoint.manifest, checkpoint.specs()
     arch = manifest.partition.architecture()
+    precision = dtype or str(manifest.setting("train", "precision"))
+    if precision not in DTYPES:
+        raise UserError(f"{newest} was trained in {short(precision)}, which is none of ours; give --dtype")
 
     def tensors(name: str) -> torch.Tensor:
         return checkpoint.live(specs[name])
@@ -57,7 +61,7 @@ def _export(run_dir: Path, directory: Path, dtype: str | None, max_shard_bytes: 
         directory,
         arch,
         tensors,
-        dtype=DTYPES[dtype or manifest.settings["train"]["precision"]],
+        dtype=DTYPES[precision],
         tokenizer_dir=run_dir / SOURCE_DIR,
         source_config=read_config(run_dir / SOURCE_DIR),
         max_shard_bytes=max_shard_bytes,

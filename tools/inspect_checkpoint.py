@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.checkpoint.files import DamagedCheckpoint
 from megatron_prune.checkpoint.inspect import damages, describe, description_dict, find_step, run_steps
 from megatron_prune.checkpoint.inspect_text import format_description
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
@@ -50,15 +51,19 @@ def _inspect(options: argparse.Namespace) -> int:
             print(f"{name:24}{state}" + (f": {why}" if why else ""))
     path = find_step(options.path)
     damaged = list(damages(path)) if options.verify else []
+    found = None
+    if not damaged:  # what is may be what would be described
+        try:
+            found = describe(path)
+        except DamagedCheckpoint as error:
+            damaged = [error]
     if options.json:
-        # What is damaged may be what would be described.
-        found = None if damaged else describe(path)
         content: dict[str, Any] = {} if found is None else description_dict(found, options.events)
         content["steps"] = [dict(zip(("name", "state", "why"), row, strict=True)) for row in steps]
-        content["damaged"] = {damage.file: damage.why for damage in damaged} if options.verify else None
+        content["damaged"] = {damage.file: damage.why for damage in damaged} if options.verify or damaged else None
         print(json.dumps(content))
-    elif not damaged:
-        print(format_description(describe(path), options.events))
+    elif found is not None:
+        print(format_description(found, options.events))
         if options.verify:
             print("  verified    every file has its checksum")
     for damage in damaged:

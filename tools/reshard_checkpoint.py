@@ -34,6 +34,8 @@ from megatron_prune.checkpoint.universal import UniversalCheckpoint, write_unive
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 from megatron_prune.parallel.fragments import Layout
 
+_MOST_CHANNELS = 1 << 62  # a larger alignment than any width is the same as that width
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns the exit code: 0, or 2 for bad input."""
@@ -115,7 +117,7 @@ def _paths(options: argparse.Namespace) -> tuple[Path | None, Path]:
 
 def _quantum(options: argparse.Namespace, saved: SavedStates) -> int:
     if options.prune_align is None:
-        return max(1, int(saved.manifest.setting("prune", "prune_align")))
+        return max(1, saved.manifest.whole_setting("prune", "prune_align", 0, _MOST_CHANNELS))
     if options.prune_align < 1:
         raise UserError(f"--prune-align {options.prune_align} must be 1 or more")
     return int(options.prune_align)

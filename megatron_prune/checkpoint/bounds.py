@@ -60,9 +60,9 @@ def read_architecture(data: object) -> Architecture:
     rope = fields.get("rope")
     options = rope.get("options") if isinstance(rope, dict) else None
     if not isinstance(options, list) or not all(_is_option(option) for option in options):
-        raise ValueError(f"source.rope is {short(rope)}, which has no list of options")
+        raise ValueError(f"source.rope is {short(rope)}, which has no list of plain options")
     assert isinstance(rope, dict)
-    frozen = tuple((key, _frozen_value(value)) for key, value in options)
+    frozen = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in options)
     arch = checked_record(
         Architecture,
         data,
@@ -156,7 +156,7 @@ def _checked(value: object, hint: Any, what: str) -> Any:
             return None
         if choice is int and type(value) is int:
             return whole_number(value, what, most=_LARGEST_COUNT)
-        if choice is float and type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
+        if choice is float and _is_real(value):
             return value
         if choice in (bool, str) and type(value) is choice:
             return value
@@ -167,9 +167,14 @@ def _checked(value: object, hint: Any, what: str) -> Any:
     raise ValueError(f"{what} is {short(value)}, which it cannot be")
 
 
+def _is_real(value: object) -> bool:
+    if type(value) is int:  # one of hundreds of digits is no float
+        return abs(value) <= _LARGEST_COUNT
+    return type(value) is float and math.isfinite(value)
+
+
 def _is_option(option: object) -> bool:
-    return isinstance(option, list) and len(option) == 2 and isinstance(option[0], str)
-
-
-def _frozen_value(value: Any) -> Any:
-    return tuple(_frozen_value(item) for item in value) if isinstance(value, list) else value
+    if not isinstance(option, list) or len(option) != 2 or not isinstance(option[0], str):
+        return False
+    values = option[1] if isinstance(option[1], list) else [option[1]]
+    return all(value is None or type(value) in (bool, str) or _is_real(value) for value in values)

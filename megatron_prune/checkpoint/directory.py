@@ -6,6 +6,8 @@ a hidden name first. So whatever has the name of a step was whole once, and a pr
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -29,16 +31,23 @@ _SLACK_SHARE = 0.01  # headers, manifest and ledger, of the tensors' size
 _SLACK_BYTES = 1 << 20
 
 
-def step_of(path: Path) -> int:
-    """The step that a directory's name says."""
+def named_step(path: Path) -> int | None:
+    """The step that a directory's name says, or None if it has not the name of a step."""
     match = _NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
+    return None if match is None else int(match[1])
+
+
+def step_of(path: Path) -> int:
+    """The step that a step's directory is named after."""
+    step = named_step(path)
+    assert step is not None, path
+    return step
 
 
 def step_directories(run_dir: Path) -> list[Path]:
-    """Everything with the name of a step, oldest first, whole or not."""
-    found = [path for path in (run_dir / CHECKPOINTS).glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    """Everything with the name of a step, oldest first, whole or not. A link is no step, wherever it leads."""
+    named = (path for path in (run_dir / CHECKPOINTS).glob("step_*") if named_step(path) is not None)
+    found = [path for path in named if path.is_dir() and not path.is_symlink()]
     names = {path.name for path in found}
     current = [path for path in found if path.name.removesuffix(_REPLACED) == path.name or _own_name(path) not in names]
     return sorted(current, key=step_of)
@@ -129,11 +138,12 @@ class NewCheckpoint:
         write_synced(self.scratch / COMPLETE_FILE, complete_text(text))
         sync_directory(self.scratch)
         replaced = self.root / f"{self.final.name}{_REPLACED}"
-        if self.final.exists():  # the same step again; until the second rename, readers take it under the other name
+        if os.path.lexists(self.final):
+            # The same step again; until the second rename, readers take it under the other name.
             self.final.rename(replaced)
         self.scratch.rename(self.final)
         sync_directory(self.root)
-        if replaced.exists():
+        if os.path.lexists(replaced):
             remove_all([self._hidden(replaced)])
 
     def retire(self, keep_last: int) -> list[Path]:
@@ -162,7 +172,11 @@ def remove_all(paths: Sequence[Path]) -> None:
     What cannot be deleted now, or is being deleted by another thread, goes before the next checkpoint is written.
     """
     for path in paths:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_symlink():  # which rmtree refuses
+            with contextlib.suppress(OSError):
+                path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _own_name(replaced: Path) -> str:

@@ -28,7 +28,7 @@ class DamagedCheckpoint(UserError):
         self.directory = directory
         self.file = file
         self.why = why
-        super().__init__(f"checkpoint file {directory / file} {why}; move {directory} away to use the step before")
+        super().__init__(f"checkpoint file {directory / file} {why}; restore it or use another checkpoint")
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -78,14 +78,23 @@ def regular_file(directory: Path, name: str) -> Path:
     return path
 
 
-def read_file(directory: Path, name: str) -> bytes:
+def read_file(directory: Path, name: str, most: int) -> bytes:
     """The bytes of a small file of a checkpoint.
 
+    Args:
+        directory: of the checkpoint.
+        name: of the file in it.
+        most: bytes it may have; a larger one is not read.
+
     Raises:
-        DamagedCheckpoint: it is missing, no regular file, or cannot be read.
+        DamagedCheckpoint: it is missing, no regular file, too large, or cannot be read.
     """
+    path = regular_file(directory, name)
     try:
-        return regular_file(directory, name).read_bytes()
+        size = path.stat().st_size
+        if size > most:
+            raise DamagedCheckpoint(directory, name, f"has {size:,} bytes, more than the {most:,} it can have")
+        return path.read_bytes()
     except OSError as error:
         raise DamagedCheckpoint(directory, name, f"cannot be read ({error.strerror})") from error
 

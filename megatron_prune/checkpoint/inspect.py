@@ -10,16 +10,18 @@ from typing import Any, Literal
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.directory import CHECKPOINTS, newest_checkpoint, step_directories
-from megatron_prune.checkpoint.files import DamagedCheckpoint, read_file, regular_file, sha256_file, sha256_of
-from megatron_prune.checkpoint.manifest import COMPLETE_FILE, LEDGER_FILE, MANIFEST_FILE, Manifest
-from megatron_prune.checkpoint.shards import read_header
+from megatron_prune.checkpoint.files import DamagedCheckpoint, regular_file, short
+from megatron_prune.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, Manifest
+from megatron_prune.checkpoint.reader import Checkpoint, shard_damage
 from megatron_prune.config import parse_count, parse_shape
 from megatron_prune.config.targets import shape_between
 from megatron_prune.errors import UserError
 from megatron_prune.parallel.fragments import Layout
-from megatron_prune.pruning.ledger import Event, read_ledger
+from megatron_prune.pruning.ledger import Event
 
 State = Literal["complete", "damaged", "unfinished"]
+_MOST_RANKS = 1 << 24  # of any setting that is a size of the layout
+_MOST_TOKENS = 1 << 40  # of a sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Description:
     @property
     def tokens(self) -> int:
         """Training tokens consumed."""
-        return self.manifest.progress.consumed_samples * int(self.manifest.setting("data", "seq_length"))
+        return self.manifest.progress.consumed_samples * self.manifest.whole_setting(
+            "data", "seq_length", 1, _MOST_TOKENS
+        )
 
     @property
     def pruned_share(self) -> float | None:
@@ -122,44 +126,43 @@ def describe(path: Path) -> Description:
         path: its directory.
 
     Raises:
-        UserError: manifest, ledger or the header of a shard is damaged.
+        UserError: manifest, ledger or the header of a shard is damaged, or a setting that is shown makes no sense.
     """
-    manifest = Manifest.read(path)
-    shards = {name: _shard_bytes(path, name) for name in sorted(manifest.shards)}
+    checkpoint = Checkpoint(path, verify=False)
+    manifest = checkpoint.manifest
+    shards = {name: regular_file(path, name).stat().st_size for name in checkpoint.shard_names()}
     tensor = manifest.partition.tensor_parallel
-    stages = int(manifest.setting("parallel", "pipeline_model_parallel_size"))
+    stages = manifest.whole_setting("parallel", "pipeline_model_parallel_size", 1, _MOST_RANKS)
     others = sum(file.lstat().st_size for file in path.iterdir() if file.is_file() and file.name not in shards)
     return Description(
         path=path,
         manifest=manifest,
-        events=read_ledger(regular_file(path, LEDGER_FILE)),
+        events=checkpoint.events,
         target=_target(manifest),
-        layout=Layout(tensor, stages, max(1, len(shards) // max(1, tensor * stages))),
+        layout=Layout(tensor, stages, max(1, len(shards) // (tensor * stages))),
         shards=shards,
         other_bytes=others,
     )
 
 
 def damages(path: Path) -> Iterator[DamagedCheckpoint]:
-    """Recompute every checksum of a checkpoint; yields what is not as it was written, file by file."""
+    """Recompute every checksum of a checkpoint; yields what is not as it was written, file by file.
+
+    If every file is, it is opened as for resuming: what the files say may contradict one another, or the directory.
+    """
     try:
         manifest = Manifest.read(path)
     except DamagedCheckpoint as damage:
         yield damage
         return
+    found = _file_damages(path, manifest)
+    yield from found
+    if found:
+        return
     try:
-        if sha256_of(read_file(path, LEDGER_FILE)) != manifest.ledger:
-            yield DamagedCheckpoint(path, LEDGER_FILE, "is damaged (wrong checksum)")
+        Checkpoint(path, verify=False)
     except DamagedCheckpoint as damage:
         yield damage
-    for name, digest in sorted(manifest.shards.items()):
-        try:
-            if sha256_file(regular_file(path, name)) != digest:
-                yield DamagedCheckpoint(path, name, "is damaged (wrong checksum)")
-        except DamagedCheckpoint as damage:
-            yield damage
-        except OSError as error:
-            yield DamagedCheckpoint(path, name, f"cannot be read ({error.strerror})")
 
 
 def run_steps(run_dir: Path, verify: bool) -> Iterator[tuple[str, State, str]]:
@@ -174,16 +177,17 @@ def run_steps(run_dir: Path, verify: bool) -> Iterator[tuple[str, State, str]]:
             yield path.name, "unfinished", f"no {COMPLETE_FILE}"
             continue
         try:
-            found = next(damages(path), None) if verify else None
-            if not verify:
-                describe(path)
+            if verify:
+                for damage in damages(path):
+                    raise damage
+            else:
+                Checkpoint(path, verify=False)
+        except DamagedCheckpoint as damage:
+            yield path.name, "damaged", f"{damage.file} {damage.why}"
         except UserError as error:
             yield path.name, "damaged", str(error)
         else:
-            if found is None:
-                yield path.name, "complete", ""
-            else:
-                yield path.name, "damaged", f"{found.file} {found.why}"
+            yield path.name, "complete", ""
     for path in sorted((run_dir / CHECKPOINTS).glob(".writing_*")):
         yield path.name, "unfinished", "being written, or left by a process that was killed"
 
@@ -218,13 +222,18 @@ def description_dict(description: Description, num_events: int) -> dict[str, Any
     }
 
 
-def _shard_bytes(path: Path, name: str) -> int:
-    file = regular_file(path, name)
+def _file_damages(path: Path, manifest: Manifest) -> list[DamagedCheckpoint]:
+    """What is wrong with the ledger and the shards, one by one."""
+    found = []
     try:
-        read_header(file)
-        return file.stat().st_size
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(path, name, f"is no shard of ours ({error})") from error
+        manifest.read_ledger(path)
+    except DamagedCheckpoint as damage:
+        found.append(damage)
+    for name, digest in sorted(manifest.shards.items()):
+        why = shard_damage(path, name, digest)
+        if why is not None:
+            found.append(DamagedCheckpoint(path, name, why))
+    return found
 
 
 def _target(manifest: Manifest) -> Target | None:
@@ -232,6 +241,12 @@ def _target(manifest: Manifest) -> Target | None:
     shape, count = manifest.setting("prune", "target_shape"), manifest.setting("prune", "target_params")
     if shape is not None:
         widths = parse_shape(str(shape)).resolve(source)
+        most = (source.hidden_size, source.ffn_hidden_size, source.num_attention_heads)
+        if any(width > limit for width, limit in zip(widths, most, strict=True)):
+            raise UserError(
+                f"the checkpoint of step {manifest.progress.step}: its setting prune.target_shape is {short(shape)}, "
+                "wider than its source; use another"
+            )
         return Target(shape_between(source, *widths).num_parameters(), widths)
     return None if count is None else Target(parse_count(str(count)), None)
 

@@ -18,14 +18,27 @@ from typing import Any
 
 from megatron_prune import __version__
 from megatron_prune.checkpoint.bounds import checked_record, read_architecture, read_partition
-from megatron_prune.checkpoint.files import DamagedCheckpoint, json_object, read_file, sha256_of, short
+from megatron_prune.checkpoint.files import (
+    DamagedCheckpoint,
+    json_object,
+    read_file,
+    sha256_of,
+    short,
+    whole_number,
+)
 from megatron_prune.errors import UserError
 from megatron_prune.parallel.partition import Partition
+from megatron_prune.pruning.ledger import Event, parse_ledger
 
 FORMAT = 3
 MANIFEST_FILE = "manifest.json"
 COMPLETE_FILE = "COMPLETE"
 LEDGER_FILE = "ledger.jsonl"
+#: A model of 126 layers and 53,248 FFN channels takes 50 MB.
+_MOST_MANIFEST_BYTES = 1 << 28
+_MARKER_BYTES = 2 * (64 + len("  \n")) + len(MANIFEST_FILE) + len(COMPLETE_FILE)
+_LINE_BYTES, _INDEX_BYTES = 1 << 12, 1 << 5  # of a ledger's line: more than any, and than a layer's index in it
+_MOST_LEDGER_BYTES = 1 << 30  # whatever the model
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 #: The only names a manifest may give to shards: plain ones, so that no path leads out of the directory.
 _SHARD = re.compile(r"rank_[0-9]{5,9}\.safetensors")
@@ -115,8 +128,8 @@ class Manifest:
             DamagedCheckpoint: it or ``COMPLETE`` is missing, is not what was written, or makes no sense.
             UserError: it is of another format version.
         """
-        marker = read_file(directory, COMPLETE_FILE)
-        text = read_file(directory, MANIFEST_FILE)
+        marker = read_file(directory, COMPLETE_FILE, _MARKER_BYTES)
+        text = read_file(directory, MANIFEST_FILE, _MOST_MANIFEST_BYTES)
         digest = _marked_digest(marker)
         if digest is None:
             _refuse_other_formats(directory, text)
@@ -128,7 +141,7 @@ class Manifest:
         _refuse_other_formats(directory, text)
         try:
             return cls._parse(json_object(text))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DamagedCheckpoint(directory, MANIFEST_FILE, f"is no manifest of ours ({error})") from error
 
     @classmethod
@@ -144,8 +157,8 @@ class Manifest:
         if type(content["format"]) is not int or content["format"] != FORMAT:
             raise ValueError(f"its format is {short(content['format'])}")
         settings, progress, fingerprint = (content[name] for name in ("settings", "progress", "data_fingerprint"))
-        if not isinstance(settings, dict):
-            raise ValueError(f"settings is {short(settings)}, not an object")
+        if not isinstance(settings, dict) or not all(isinstance(flags, dict) for flags in settings.values()):
+            raise ValueError(f"settings is {short(settings)}, not an object of objects")
         if not isinstance(fingerprint, str):
             raise ValueError(f"data_fingerprint is {short(fingerprint)}, not a text")
         return cls(
@@ -156,6 +169,27 @@ class Manifest:
             shards=_checked_shards(content["shards"]),
             ledger=_checked_digest(content["ledger"], "ledger"),
         )
+
+    def read_ledger(self, directory: Path) -> list[Event]:
+        """Read the ledger beside this manifest.
+
+        Raises:
+            DamagedCheckpoint: it is not what was written, makes no sense, or is not as long as the manifest says.
+        """
+        source = self.partition.source
+        removals = source.hidden_size + source.ffn_hidden_size + source.num_attention_heads
+        most = min(_MOST_LEDGER_BYTES, removals * (_LINE_BYTES + _INDEX_BYTES * source.num_layers))
+        content = read_file(directory, LEDGER_FILE, most)
+        if sha256_of(content) != self.ledger:
+            raise DamagedCheckpoint(directory, LEDGER_FILE, "is damaged (its checksum is not the manifest's)")
+        try:
+            events = parse_ledger(content)
+        except ValueError as error:
+            raise DamagedCheckpoint(directory, LEDGER_FILE, f"is no ledger ({error})") from error
+        if len(events) != self.progress.events:
+            why = f"counts {self.progress.events} removals, {LEDGER_FILE} has {len(events)}"
+            raise DamagedCheckpoint(directory, MANIFEST_FILE, why)
+        return events
 
     def setting(self, topic: str, name: str) -> Any:
         """One of the run's settings.
@@ -169,6 +203,17 @@ class Manifest:
                 f"the checkpoint of step {self.progress.step} does not record the setting {topic}.{name}; use another"
             )
         return flags[name]
+
+    def whole_setting(self, topic: str, name: str, least: int, most: int) -> int:
+        """One of the run's settings that is a whole number.
+
+        Raises:
+            UserError: the manifest does not have it, or something else in its place.
+        """
+        try:
+            return whole_number(self.setting(topic, name), f"its setting {topic}.{name}", least, most)
+        except ValueError as error:
+            raise UserError(f"the checkpoint of step {self.progress.step}: {error}; use another") from error
 
 
 def complete_text(manifest_text: str) -> str:

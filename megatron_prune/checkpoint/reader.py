@@ -11,23 +11,15 @@ from torch import Tensor
 
 from megatron_prune.architecture import TensorSpec, tensor_specs
 from megatron_prune.checkpoint.cuts import kept_count, read_window, take_from, window_of
-from megatron_prune.checkpoint.directory import step_directories, step_of
-from megatron_prune.checkpoint.files import (
-    DamagedCheckpoint,
-    read_file,
-    regular_file,
-    sha256_file,
-    sha256_of,
-    short,
-)
-from megatron_prune.checkpoint.manifest import LEDGER_FILE, MANIFEST_FILE, Manifest
+from megatron_prune.checkpoint.directory import named_step, step_directories, step_of
+from megatron_prune.checkpoint.files import DamagedCheckpoint, regular_file, sha256_file, short
+from megatron_prune.checkpoint.manifest import MANIFEST_FILE, Manifest
 from megatron_prune.checkpoint.shards import Piece, read_header
 from megatron_prune.errors import UserError
 from megatron_prune.parallel.collectives import gather
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.parallel.states import MOMENTS, STATE_KINDS, StateKind
-from megatron_prune.pruning.ledger import read_ledger
 
 #: How an error begins that says nothing of a file's content; :func:`read_file` has the same words.
 _UNREADABLE = "cannot be read"
@@ -52,15 +44,11 @@ class Checkpoint:
     def __init__(self, path: Path, verify: bool = True) -> None:
         self.path = path
         self.manifest = Manifest.read(path)
-        ledger = read_file(path, LEDGER_FILE)
-        if sha256_of(ledger) != self.manifest.ledger:
-            raise DamagedCheckpoint(path, LEDGER_FILE, "is damaged (its checksum is not the manifest's)")
-        try:
-            self.events = read_ledger(path / LEDGER_FILE)
-        except (UserError, ValueError, RecursionError) as error:
-            raise DamagedCheckpoint(path, LEDGER_FILE, f"is no ledger ({error})") from error
+        step = self.manifest.progress.step
+        if named_step(path) not in (step, None):
+            raise DamagedCheckpoint(path, MANIFEST_FILE, f"is of step {step}, not of the directory's")
+        self.events = self.manifest.read_ledger(path)
         self._specs = {spec.name: spec for spec in tensor_specs(self.manifest.partition.source)}
-        self._check_counters()
         self._pieces = self._index()
         if verify:
             damage = self.damage(self.shard_names())
@@ -74,13 +62,9 @@ class Checkpoint:
     def damage(self, names: Sequence[str]) -> tuple[str, str] | None:
         """Take the checksums of shards; the first that is wrong, with what is wrong, or None."""
         for name in names:
-            try:
-                if sha256_file(regular_file(self.path, name)) != self.manifest.shards[name]:
-                    return name, "is damaged (its checksum is not the manifest's)"
-            except DamagedCheckpoint as error:
-                return error.file, error.why
-            except OSError as error:
-                return name, f"{_UNREADABLE} ({error.strerror})"
+            why = shard_damage(self.path, name, self.manifest.shards[name])
+            if why is not None:
+                return name, why
         return None
 
     def specs(self) -> dict[str, TensorSpec]:
@@ -144,12 +128,6 @@ class Checkpoint:
     def _unreadable(self, error: OSError) -> DamagedCheckpoint:
         name = Path(error.filename).name if error.filename else MANIFEST_FILE
         return DamagedCheckpoint(self.path, name, f"{_UNREADABLE} ({error.strerror or error})")
-
-    def _check_counters(self) -> None:
-        progress = self.manifest.progress
-        if progress.events != len(self.events):
-            why = f"counts {progress.events} removals, {LEDGER_FILE} has {len(self.events)}"
-            raise DamagedCheckpoint(self.path, MANIFEST_FILE, why)
 
     # -- index ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +217,7 @@ def open_newest(run_dir: Path, damaged: tuple[DamagedCheckpoint, ...] = ()) -> F
         if before is not None and step_of(path) >= before:
             continue
         try:
-            return Found(_open(path), damaged)
+            return Found(Checkpoint(path, verify=False), damaged)
         except DamagedCheckpoint as error:
             damaged = (*damaged, error)
     if not damaged:
@@ -256,6 +234,17 @@ def may_be_whole(error: DamagedCheckpoint) -> bool:
     return error.why.startswith(_UNREADABLE)
 
 
+def shard_damage(directory: Path, name: str, digest: str) -> str | None:
+    """Take the checksum of a shard; what is wrong with it, or None."""
+    try:
+        same = sha256_file(regular_file(directory, name)) == digest
+    except DamagedCheckpoint as error:
+        return error.why
+    except OSError as error:
+        return f"{_UNREADABLE} ({error.strerror})"
+    return None if same else "is damaged (its checksum is not the manifest's)"
+
+
 def verify_together(checkpoint: Checkpoint, mesh: Mesh) -> None:
     """Take the checksums of all shards, each rank those of its share; a collective of all ranks.
 
@@ -266,11 +255,3 @@ def verify_together(checkpoint: Checkpoint, mesh: Mesh) -> None:
     found = [damage for damage in gather(own, mesh) if damage is not None]
     if found:
         raise DamagedCheckpoint(checkpoint.path, *found[0])
-
-
-def _open(path: Path) -> Checkpoint:
-    checkpoint = Checkpoint(path, verify=False)
-    step = checkpoint.manifest.progress.step
-    if step != step_of(path):
-        raise DamagedCheckpoint(path, MANIFEST_FILE, f"is of step {step}, not of the directory's")
-    return checkpoint

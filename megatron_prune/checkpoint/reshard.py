@@ -29,6 +29,8 @@ from megatron_prune.parallel.partition import Partition
 from megatron_prune.parallel.states import StateKind
 from megatron_prune.pruning.ledger import Event
 
+_MOST_PROCESSES = 1 << 17
+
 
 class SavedStates(Protocol):
     """What a checkpoint holds, in whatever format it lies on disk."""
@@ -88,9 +90,11 @@ def reshard(
         The finished directory.
 
     Raises:
-        UserError: the run directory has checkpoints, there are more stages than layers or more tensor-parallel ranks
-            than heads, or the disk is full.
+        UserError: the run directory has checkpoints, there are more stages than layers, more tensor-parallel ranks
+            than heads or more processes than anyone has, or the disk is full.
     """
+    if layout.processes > _MOST_PROCESSES:
+        raise UserError(f"{layout} is {layout.processes:,} processes: give sizes of {_MOST_PROCESSES:,} at most")
     if step_directories(run_dir):
         raise UserError(f"{run_dir} already holds checkpoints and nothing is overwritten; give a new directory")
     partition = spread_checked(saved.manifest.partition, layout.tensor, quantum)

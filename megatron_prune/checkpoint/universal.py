@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -29,14 +28,22 @@ import torch
 from torch import Tensor
 
 from megatron_prune.architecture import Architecture, TensorSpec, tensor_specs
-from megatron_prune.checkpoint.files import regular_file, sha256_file, sync_directory, write_synced
+from megatron_prune.checkpoint.files import (
+    DamagedCheckpoint,
+    read_file,
+    regular_file,
+    sha256_file,
+    short,
+    sync_directory,
+    write_synced,
+)
 from megatron_prune.checkpoint.manifest import COMPLETE_FILE, LEDGER_FILE, MANIFEST_FILE, Manifest, complete_text
 from megatron_prune.checkpoint.reshard import SavedStates, no_report, spread_checked
 from megatron_prune.errors import UserError
 from megatron_prune.parallel.partition import SPLIT_AXES, Partition, is_split
 from megatron_prune.parallel.placement import deposit_, place, take
 from megatron_prune.parallel.states import STATE_KINDS, StateKind
-from megatron_prune.pruning.ledger import Ledger, read_ledger
+from megatron_prune.pruning.ledger import Ledger
 
 LATEST_FILE = "latest_universal"
 #: The DeepSpeed whose format this is; its loader refuses a checkpoint that names none.
@@ -46,6 +53,7 @@ _NUM_PARAM_GROUPS = 2
 _FILES: dict[StateKind, str] = {"master": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
 _STEP_FILE = "step.pt"
 _ZERO = "zero"
+_MOST_TAG_BYTES = 1 << 12
 
 
 def engine_name(spec: TensorSpec, arch: Architecture) -> str:
@@ -123,6 +131,7 @@ class UniversalCheckpoint:
     """A universal checkpoint opened for reading, in the manner of :class:`~megatron_prune.checkpoint.store.Checkpoint`.
 
     Files are read with ``torch.load(weights_only=True)``, which builds tensors and plain containers and runs nothing.
+    Opening takes the checksums that the files, zip archives, have of their own.
 
     Args:
         path: a tag's directory, or the one with ``latest_universal``.
@@ -137,7 +146,7 @@ class UniversalCheckpoint:
         self.path = _tag_directory(path)
         if like is None:
             self._written = Manifest.read(self.path)
-            self.events = read_ledger(regular_file(self.path, LEDGER_FILE))
+            self.events = self._written.read_ledger(self.path)
         else:
             self._written = dataclasses.replace(like.manifest, partition=like.manifest.partition.spread(1))
             self.events = list(like.events)
@@ -148,6 +157,9 @@ class UniversalCheckpoint:
                 progress, adam_steps=progress.adam_steps + advance, step=progress.step + advance
             )
         self.manifest = dataclasses.replace(self._written, progress=progress)
+        for spec in self.specs().values():
+            for kind in self.kinds():
+                _check_archive(self._file(spec, kind), self.path)
 
     def specs(self) -> dict[str, TensorSpec]:
         """The model's tensors by logical name."""
@@ -193,11 +205,13 @@ class UniversalCheckpoint:
         first = next(iter(self.specs().values()))
         if not self._file(first, "exp_avg").exists():
             return 0
-        steps = _load(self._file(first, "master").with_name(_STEP_FILE))
+        path = self._file(first, "master").with_name(_STEP_FILE)
+        _check_archive(path, self.path)
+        steps = _load(path)
         if isinstance(steps, Tensor):
-            steps = steps.item() if steps.numel() == 1 else None
+            steps = steps.item() if _is_plain(steps) and steps.numel() == 1 else None
         if not isinstance(steps, int | float) or not 0 < steps < 2**53 or steps != int(steps):
-            raise UserError(f"{self._file(first, 'master').with_name(_STEP_FILE)} holds no number of steps")
+            raise UserError(f"{path} holds no number of steps")
         return int(steps)
 
     def _file(self, spec: TensorSpec, kind: StateKind) -> Path:
@@ -209,21 +223,25 @@ class UniversalCheckpoint:
         tensor = content.get("param") if isinstance(content, dict) else None
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path} holds no entry 'param'; is it a universal checkpoint of DeepSpeed 0.19?")
-        return tensor
+        if not _is_plain(tensor):
+            raise UserError(f"{path} holds a sparse, nested or meta tensor; DeepSpeed 0.19 writes plain ones")
+        return tensor.detach()  # of a parameter, which would ask for gradients
 
 
 def _tag_directory(path: Path) -> Path:
     if (path / _ZERO).is_dir():
         return path
     try:
-        tag = (path / LATEST_FILE).read_text().strip()
-    except (OSError, ValueError) as error:
+        tag = read_file(path, LATEST_FILE, _MOST_TAG_BYTES).decode().strip()
+    except (DamagedCheckpoint, ValueError) as error:
+        why = error.why if isinstance(error, DamagedCheckpoint) else "is no text"
         raise UserError(
-            f"{path} is no DeepSpeed universal checkpoint: it has neither {_ZERO}/ nor {LATEST_FILE}"
+            f"{path} is no DeepSpeed universal checkpoint: it has no {_ZERO}/, and {LATEST_FILE} {why}"
         ) from error
-    if Path(tag).name != tag or not (path / tag / _ZERO).is_dir():
-        raise UserError(f"{path / LATEST_FILE} names {tag!r}, which is no directory with {_ZERO}/ beside it")
-    return path / tag
+    directory = path / tag
+    if tag == ".." or Path(tag).name != tag or directory.is_symlink() or not (directory / _ZERO).is_dir():
+        raise UserError(f"{path / LATEST_FILE} names {short(tag)}, which is no directory with {_ZERO}/ beside it")
+    return directory
 
 
 def _split_dim(spec: TensorSpec) -> int:
@@ -273,15 +291,46 @@ def _save(path: Path, content: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _load(path: Path) -> Any:
+def _check_archive(path: Path, root: Path) -> None:
+    """A file of tensors lies below the root, without links, and its records are as they were written.
+
+    Raises:
+        UserError: it does not, or they are not.
+    """
+    for below in (path, *path.parents):
+        if below == root:
+            break
+        if below.is_symlink():
+            raise UserError(f"{path} is reached by a link, {below.name}; links are not followed")
+    regular_file(path.parent, path.name)
     try:
         with zipfile.ZipFile(path) as archive:
             # torch stores its records as they are; one that inflates would ask for more memory than the file is long.
-            if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+            records = archive.infolist()
+            if (
+                any(record.compress_type != zipfile.ZIP_STORED for record in records)
+                or sum(record.file_size for record in records) > path.stat().st_size
+            ):
                 raise UserError(f"{path} is compressed or damaged; universal checkpoints are neither")
+            wrong = archive.testzip()
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if wrong is not None:
+        raise UserError(f"{path} is damaged (wrong checksum of {short(wrong)}); restore it")
+
+
+def _load(path: Path) -> Any:
+    try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; the universal checkpoint is not whole") from error
-    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as plain tensors ({reason})") from error
+    except Exception as error:  # what a pickle of anyone's makes the unpickler raise can be anything
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{path} cannot be read as plain tensors ({reason})")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Its elements are there, one after another: no sparse, nested or meta tensor."""
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested

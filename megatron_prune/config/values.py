@@ -13,7 +13,7 @@ from megatron_prune.architecture import Architecture, uniform_kv_groups
 from megatron_prune.errors import UserError
 
 _SUFFIXES = MappingProxyType({"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12})
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMBT]?)", re.IGNORECASE)
+_COUNT = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)([KMBT]?)", re.IGNORECASE)
 _RATIO = re.compile(r"(\d+):(\d+)")
 _TARGET_KEYS = MappingProxyType({"hidden": "hidden_size", "ffn": "ffn_hidden_size", "heads": "num_attention_heads"})
 _SOURCE_KEYS = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "tied", "qkv_bias", "qk_norm")
@@ -54,7 +54,7 @@ def parse_count(text: str) -> int:
     """Number of parameters or tokens: digits, decimals allowed, with K, M, B or T (powers of 1000).
 
     Raises:
-        UserError: the text is not such a count, or is below one.
+        UserError: the text is not such a count, has digits beyond reason, or is below one.
     """
     match = _COUNT.fullmatch(text.strip())
     count = int(Decimal(match[1]) * _SUFFIXES[match[2].upper()]) if match else 0
@@ -152,7 +152,7 @@ def _parse_fields(text: str, known: tuple[str, ...], what: str, example: str) ->
     fields: dict[str, int] = {}
     for item in text.split(","):
         key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not re.fullmatch(r"\d+", value):
+        if not equals or not re.fullmatch(r"\d{1,20}", value):
             raise UserError(f"{item.strip()!r} in {what} {text!r} is not KEY=NUMBER: write it like {example}")
         if key not in known:
             raise UserError(

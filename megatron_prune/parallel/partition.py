@@ -147,10 +147,6 @@ class Partition:
 
         return cls(source, _frozen(np.asarray(data["stem"])), arrays("ffn"), arrays("heads"), arrays("kv_heads"))
 
-    def same_placement(self, other: Partition) -> bool:
-        """True when both put every unit in the same slot."""
-        return self.to_dict() == other.to_dict()
-
     def spread(self, tensor_parallel: int, quantum: int = 1) -> Partition:
         """Deal the live units out afresh to so many ranks, no more dead padding than the widths need.
 
@@ -162,6 +158,8 @@ class Partition:
             tensor_parallel: ranks that share every layer.
             quantum: alignment of ``stem`` and of a rank's ``ffn``, in channels (``--prune-align``).
         """
+        # A larger one pads to the same widths, by way of arrays of its own size.
+        quantum = min(quantum, max(self.source.hidden_size, self.source.ffn_hidden_size))
         layers = range(self.source.num_layers)
         ffn = [_dealt(live(self.ffn[layer]), tensor_parallel, quantum) for layer in layers]
         heads = [_dealt(live(self.heads[layer]), tensor_parallel, 1) for layer in layers]

@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from megatron_prune.architecture import Architecture
-from megatron_prune.errors import UserError
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.pruning.groups import MiniGroup, remove
+
+_LARGEST_COUNT: Final = 1 << 62  # of steps, tokens and parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +89,17 @@ class Ledger:
             temporary.replace(self._path)
 
 
-def read_ledger(path: Path) -> list[Event]:
-    """Read a ledger file.
+def parse_ledger(content: bytes) -> list[Event]:
+    """The events of a ledger file that anyone may have written.
+
+    Args:
+        content: of the file.
 
     Raises:
-        UserError: the file is missing or a line is not an event.
+        ValueError: it is no UTF-8, or a line is not an event; the line is named.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the ledger {path}: {error.strerror}; give the ledger.jsonl of a run") from error
-    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    lines = content.decode("utf-8").split("\n")
+    return [_parse(line, number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def replay(source: Architecture, events: Iterable[Event]) -> Partition:
@@ -109,12 +110,41 @@ def replay(source: Architecture, events: Iterable[Event]) -> Partition:
     return partition
 
 
-def _parse(line: str, where: str) -> Event:
+def _parse(line: str, number: int) -> Event:
     try:
-        data: dict[str, Any] = json.loads(line)
-        event = Event(**data)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where} is not a ledger line ({error}); restore the file or resume from --load") from error
-    if event.type not in ("attention", "ffn", "stem"):
-        raise UserError(f"{where} has the unknown type {event.type!r}; expected attention, ffn or stem")
-    return event
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number} is no JSON: {error}") from error
+    if not isinstance(data, dict) or data.keys() != _CHECKS.keys():
+        raise ValueError(f"line {number} is no object of {', '.join(_CHECKS)}")
+    for name, is_right in _CHECKS.items():
+        if not is_right(data[name]):
+            raise ValueError(f"line {number} has an impossible {name}")
+    if isinstance(data["removed"], int) is not (data["type"] == "stem"):
+        raise ValueError(f"line {number} removes no {data['type']}: a stem has one index, all else one per layer")
+    return Event(**data)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_COUNT
+
+
+def _is_score(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) <= _LARGEST_COUNT)
+
+
+def _is_removed(value: object) -> bool:
+    return _is_count(value) or (isinstance(value, list) and bool(value) and all(map(_is_count, value)))
+
+
+#: What may stand in the fields of a line.
+_CHECKS: Final[Mapping[str, Callable[[Any], bool]]] = {
+    "event": lambda value: _is_count(value) and value > 0,
+    "step": _is_count,
+    "tokens": _is_count,
+    "type": lambda value: value in ("attention", "ffn", "stem"),
+    "removed": _is_removed,
+    "scores": lambda value: isinstance(value, dict) and all(map(_is_score, value.values())),
+    "shape": lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
+    "parameters": _is_count,
+}

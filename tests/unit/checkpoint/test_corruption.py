@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import tracemalloc
 from collections.abc import Iterator
@@ -239,7 +240,7 @@ def test_shards_of_any_bytes(saved: Path, tmp_path: Path, content: bytes) -> Non
     assert "rank_00000.safetensors" in error
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", '{"event": 1}', "\xff", "[" * 100_000, "null", "1e999"])
+@pytest.mark.parametrize("line", ["{}", "[]", '{"event": 1}', "\xff", "[" * 10_000, "null", "1e999"])
 def test_ledgers_of_any_lines(saved: Path, tmp_path: Path, line: str) -> None:
     directory = tmp_path / "step"
     shutil.copytree(saved / "alone" / "checkpoints" / NEWEST, directory)
@@ -248,6 +249,43 @@ def test_ledgers_of_any_lines(saved: Path, tmp_path: Path, line: str) -> None:
     content["ledger"] = sha256_file(directory / "ledger.jsonl")
     sign(directory, content)
     with pytest.raises(DamagedCheckpoint, match=r"ledger\.jsonl is no ledger"):
+        Checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("source", "norm_eps", 10**400),
+        ("progress", "recent_losses", [-(10**400)]),
+        ("source", "rope", {"theta": 1.0, "kind": "x", "options": [["factor", 10**400]]}),
+        ("source", "rope", {"theta": 1.0, "kind": "x", "options": [["factor", json.loads("[" * 600 + "]" * 600)]]}),
+        ("settings", "parallel", []),
+    ],
+)
+def test_numbers_beyond_floats_and_deep_values_are_no_manifest(
+    saved: Path, tmp_path: Path, part: str, field: str, value: Any
+) -> None:
+    directory = tmp_path / "step"
+    shutil.copytree(saved / "alone" / "checkpoints" / NEWEST, directory)
+    content = json.loads((directory / "manifest.json").read_text())
+    content[part][field] = value
+    sign(directory, content)
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json is no manifest of ours"):
+        Checkpoint(directory)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "COMPLETE", "ledger.jsonl"])
+def test_files_grown_huge_are_not_read(saved: Path, tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "step"
+    shutil.copytree(saved / "alone" / "checkpoints" / NEWEST, directory)
+    os.truncate(directory / name, 1 << 40)  # a sparse file takes no room
+    assert f"{name} has 1,099,511,627,776 bytes" in str(open_watched(directory))
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_none(saved: Path, tmp_path: Path) -> None:
+    directory = tmp_path / BEFORE
+    shutil.copytree(saved / "alone" / "checkpoints" / NEWEST, directory)
+    with pytest.raises(DamagedCheckpoint, match="is of step 2"):
         Checkpoint(directory)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_checkpoint import sign
 
+from megatron_prune.checkpoint.files import sha256_file
 from megatron_prune.checkpoint.inspect import damages, describe, description_dict, find_step, run_steps
 from megatron_prune.checkpoint.inspect_text import format_description
 from megatron_prune.checkpoint.reshard import reshard
@@ -76,6 +78,7 @@ def test_stages(
     saved.manifest.settings["prune"].update(prune)
     for name, value in progress.items():
         object.__setattr__(saved.manifest.progress, name, value)
+    del saved.events[saved.manifest.progress.events :]
     found = describe(reshard(saved, tmp_path, Layout(), 1))
     assert found.stage == stage
     assert stage in format_description(found, 0)
@@ -96,6 +99,31 @@ def test_a_target_that_makes_no_sense_is_a_user_error(tmp_path: Path, hold_state
     saved.manifest.settings["prune"]["target_params"] = value
     with pytest.raises(UserError, match="count"):
         describe(reshard(saved, tmp_path, Layout(), 1))
+
+
+@pytest.mark.parametrize(
+    ("topic", "name", "value"),
+    [
+        ("prune", "target_shape", "heads=7"),
+        ("prune", "target_shape", "heads=1" + 5000 * "0"),
+        ("prune", "target_params", "1" + 4400 * "0" + "T"),
+        ("parallel", "pipeline_model_parallel_size", "abc"),
+        ("parallel", "pipeline_model_parallel_size", 10**30),
+        ("data", "seq_length", None),
+        ("data", "seq_length", True),
+    ],
+)
+def test_settings_that_make_no_sense_are_user_errors(
+    tmp_path: Path, hold_states: HoldStates, topic: str, name: str, value: object
+) -> None:
+    saved = hold_states(layers=1)
+    path = reshard(saved, tmp_path, Layout(), 1)
+    content = json.loads((path / "manifest.json").read_text())
+    content["settings"][topic][name] = value
+    sign(path, content)
+    with pytest.raises(UserError, match=r"^[^\n]*$"):
+        format_description(describe(path), 0)
+    assert [state for _, state, _ in run_steps(tmp_path, verify=False)] == ["complete"], "resuming could use it"
 
 
 def test_the_text_lists_the_last_removals(step: Path) -> None:
@@ -145,6 +173,40 @@ def test_steps_of_a_run(tmp_path: Path, step: Path, hold_states: HoldStates) -> 
     assert {name: state for name, state, _ in verified} == expected | {"step_00000010": "damaged"}
     assert "rank_00000.safetensors" in verified[2][2]
     assert find_step(tmp_path).name == "step_00000010"
+
+
+def _copied_as_another_step(step: Path) -> str:
+    step.rename(step.with_name("step_00000009"))
+    return "manifest.json is of step 8"
+
+
+def _ledger_of_bytes(step: Path) -> str:
+    (step / "ledger.jsonl").write_bytes(b"\xff\n")
+    content = json.loads((step / "manifest.json").read_text())
+    sign(step, content | {"ledger": sha256_file(step / "ledger.jsonl")})
+    return "ledger.jsonl is no ledger"
+
+
+def _another_count(step: Path) -> str:
+    content = json.loads((step / "manifest.json").read_text())
+    content["progress"]["events"] = 3
+    sign(step, content)
+    return "manifest.json counts 3 removals"
+
+
+@pytest.mark.parametrize("change", [_copied_as_another_step, _ledger_of_bytes, _another_count])
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_resuming_refuses_is_damaged_and_hides_no_other_step(
+    tmp_path: Path, step: Path, hold_states: HoldStates, change: Callable[[Path], str], verify: bool
+) -> None:
+    why = change(step)
+    other = reshard(hold_states(layers=1, adam_steps=19), tmp_path / "other", Layout(), 1)
+    other.rename(step.parent / other.name)
+    (_, first, reason), (_, second, _) = run_steps(tmp_path, verify)
+    assert (first, second) == ("damaged", "complete")
+    assert why in reason
+    damaged = next(path for path in step.parent.iterdir() if path.name != other.name)
+    assert [why in str(error) for error in damages(damaged)] == [True]
 
 
 def test_a_path_without_checkpoints_is_named(tmp_path: Path) -> None:

@@ -71,6 +71,23 @@ def test_leftovers_go_and_the_last_two_stay(tmp_path: Path, mesh: Mesh) -> None:
     assert [p.name for p in complete_checkpoints(tmp_path)] == names(tmp_path)
 
 
+def test_a_link_is_no_step(tmp_path: Path, mesh: Mesh) -> None:
+    elsewhere, _ = save_alone(tmp_path / "other", mesh, 9)
+    path, _ = save_alone(tmp_path, mesh, 3)
+    link = path.with_name("step_00000009")
+    link.symlink_to(elsewhere)
+    assert newest_checkpoint(tmp_path) == path
+    found = open_newest(tmp_path)
+    assert found is not None
+    assert found.checkpoint.path == path
+    save_alone(tmp_path, mesh, 10, keep_last=1)
+    assert sorted(names(tmp_path)) == ["step_00000009", "step_00000010"], "nor does it count as one of the last"
+    save_alone(tmp_path, mesh, 9)
+    assert not link.is_symlink()
+    assert sorted(names(tmp_path)) == ["step_00000009", "step_00000010"]
+    Checkpoint(elsewhere)
+
+
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path, mesh: Mesh) -> None:
     first, _ = save_alone(tmp_path, mesh, 5)
     (first / "mark").touch()

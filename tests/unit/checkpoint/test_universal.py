@@ -166,6 +166,11 @@ def _compress(file: Path) -> None:
         (lambda file: torch.save({"param": torch.zeros(42, 28)}, file), r"\[42, 28\], not the model's fp32 \[42, 29\]"),
         (lambda file: torch.save({"param": torch.zeros(42, 29).half()}, file), "float16"),
         (lambda file: torch.save({"param": torch.zeros(1).expand(2**40, 29)}, file), "not the model's"),
+        (lambda file: torch.save({"param": torch.zeros(42, 29, device="meta")}, file), "meta tensor"),
+        (lambda file: torch.save({"param": torch.zeros(42, 29).to_sparse()}, file), "sparse"),
+        (lambda file: _flip(file), "wrong checksum"),
+        (lambda file: _link(file), "reached by a link"),
+        (lambda file: _link(file.parent), "reached by a link"),
     ],
 )
 def test_bad_files_are_named(
@@ -180,7 +185,45 @@ def test_bad_files_are_named(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("steps", [torch.tensor([1.0, 2.0]), torch.tensor(float("nan")), -1, 1.5, "7", None])
+def _flip(file: Path) -> None:
+    """One bit of an element."""
+    content = bytearray(file.read_bytes())
+    element = next(iter(torch.load(file)["param"].flatten())).numpy().tobytes()
+    content[content.index(element)] ^= 1
+    file.write_bytes(content)
+
+
+def _link(place: Path) -> None:
+    """To where it really is."""
+    outside = place.parents[3] / "outside"
+    place.rename(outside)
+    place.symlink_to(outside)
+
+
+def test_a_parameter_is_its_tensor(tmp_path: Path, hold_states: HoldStates) -> None:
+    saved = hold_states(layers=1)
+    path = write_universal(saved, tmp_path / "universal")
+    for spec in saved.specs().values():
+        file = path / "zero" / engine_name(spec, saved.manifest.partition.source) / "fp32.pt"
+        torch.save({"param": torch.nn.Parameter(torch.load(file)["param"])}, file)
+    back = Checkpoint(reshard(UniversalCheckpoint(path), tmp_path / "run", Layout(), 1))
+    for spec in saved.specs().values():
+        assert torch.equal(back.live(spec), saved.live(spec))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\n", None], ids=["empty", "no text", "a line less"])
+def test_a_changed_ledger_is_found(tmp_path: Path, hold_states: HoldStates, content: bytes | None) -> None:
+    path = write_universal(hold_states(layers=1), tmp_path)
+    file = path / "ledger.jsonl"
+    file.write_bytes(file.read_bytes().split(b"\n", 1)[1] if content is None else content)
+    with pytest.raises(UserError, match=r"ledger\.jsonl is damaged"):
+        UniversalCheckpoint(path)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [torch.tensor([1.0, 2.0]), torch.tensor(float("nan")), torch.ones((), device="meta"), -1, 1.5, "7", None],
+)
 def test_bad_step_counts_are_named(tmp_path: Path, hold_states: HoldStates, steps: object) -> None:
     path = write_universal(hold_states(layers=1), tmp_path)
     torch.save(steps, path / "zero/tied_modules.embed_tokens.weight/step.pt")
@@ -196,6 +239,26 @@ def test_the_tag_stays_inside(tmp_path: Path, hold_states: HoldStates, tag: str)
     (home / "latest_universal").write_text(tag)
     with pytest.raises(UserError, match="latest_universal"):
         UniversalCheckpoint(home)
+
+
+@pytest.mark.parametrize("tag", ["step_00000008", ".."])
+def test_a_tag_that_leads_outside_is_refused(tmp_path: Path, hold_states: HoldStates, tag: str) -> None:
+    path = write_universal(hold_states(layers=1), tmp_path / "outside")
+    home = tmp_path / "outside" / "home"
+    home.mkdir()
+    (path / "zero").rename(tmp_path / "outside" / "zero")
+    (tmp_path / "outside" / "zero").rename(tmp_path / "outside" / ("zero" if tag == ".." else f"{tag}/zero"))
+    (home / "step_00000008").symlink_to(path)
+    (home / "latest_universal").write_text(tag)
+    with pytest.raises(UserError, match="no directory with zero/ beside it"):
+        UniversalCheckpoint(home)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: (path.touch(), os.truncate(path, 1 << 40))])
+def test_a_tag_file_that_cannot_be_one_is_not_read(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "latest_universal")
+    with pytest.raises(UserError, match="latest_universal (is no regular|has 1,099)"):
+        UniversalCheckpoint(tmp_path)
 
 
 def test_a_directory_that_is_none_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_prune.checkpoint.manifest import complete_text
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.checkpoint.reshard import reshard
 from megatron_prune.parallel.fragments import Layout
@@ -57,6 +58,15 @@ def run_dir(tmp_path: Path, made: Path) -> Path:
 def only_step(run: Path) -> Path:
     (path,) = (run / "checkpoints").iterdir()
     return path
+
+
+def edit(step: Path, change: Callable[[Any], object]) -> None:
+    """Change a manifest, with its checksum."""
+    content = json.loads((step / "manifest.json").read_text())
+    change(content)
+    text = json.dumps(content)
+    (step / "manifest.json").write_text(text)
+    (step / "COMPLETE").write_text(complete_text(text))
 
 
 def test_inspect_a_run_and_a_step(run_dir: Path, inspect_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +115,41 @@ def test_reshard_makes_a_run_directory(run_dir: Path, tmp_path: Path, reshard_ma
         assert torch.equal(before.live(spec, "exp_avg"), after.live(spec, "exp_avg"))
 
 
+def test_an_alignment_beyond_the_model_pads_to_its_widths(run_dir: Path, tmp_path: Path, reshard_main: Main) -> None:
+    assert reshard_main([str(run_dir), str(tmp_path / "moved"), "--prune-align", "1000000000000"]) == 0
+    partition = Checkpoint(only_step(tmp_path / "moved")).manifest.partition
+    assert (len(partition.stem), len(partition.ffn[0][0])) == (30, 44)
+
+
+@pytest.mark.parametrize("value", ["x", None, -1, 10**30])
+def test_an_alignment_that_makes_no_sense_is_one_line(
+    run_dir: Path, tmp_path: Path, reshard_main: Main, capsys: pytest.CaptureFixture[str], value: object
+) -> None:
+    edit(only_step(run_dir), lambda content: content["settings"]["prune"].update(prune_align=value))
+    assert reshard_main([str(run_dir), str(tmp_path / "moved")]) == 2
+    shown = capsys.readouterr().err
+    assert "prune.prune_align" in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_step_is_not_resharded(
+    run_dir: Path, tmp_path: Path, reshard_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only_step(run_dir).rename(run_dir / "checkpoints" / "step_00000009")
+    assert reshard_main([str(run_dir), str(tmp_path / "moved")]) == 2
+    assert "is of step 8" in capsys.readouterr().err
+
+
+def test_damage_shows_in_the_json_of_all_steps(
+    run_dir: Path, inspect_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (only_step(run_dir) / "ledger.jsonl").write_bytes(b"\xff")
+    assert inspect_main([str(run_dir), "--json"]) == 2
+    content = json.loads(capsys.readouterr().out)
+    assert list(content["damaged"]) == ["ledger.jsonl"]
+    assert [step["state"] for step in content["steps"]] == ["damaged"]
+
+
 def test_the_runs_own_alignment_is_the_default(run_dir: Path, tmp_path: Path, reshard_main: Main) -> None:
     assert reshard_main([str(only_step(run_dir)), str(tmp_path / "moved")]) == 0
     assert len(Checkpoint(only_step(tmp_path / "moved")).manifest.partition.ffn[0][0]) == 44, "of 42, aligned to 8"
@@ -132,6 +177,7 @@ def test_universal_there_and_back(run_dir: Path, tmp_path: Path, reshard_main: M
         (["RUN", "RUN"], "already holds checkpoints"),
         (["RUN", "new", "--data-parallel-size", "0"], "--data-parallel-size 0"),
         (["RUN", "new", "--prune-align", "0"], "--prune-align 0"),
+        (["RUN", "new", "--data-parallel-size", "100000000"], "DP100000000"),
         (["RUN", "new", "--pipeline-model-parallel-size", "9"], "--pipeline-model-parallel-size 9"),
         (["RUN", "new", "--tensor-model-parallel-size", "6"], "--tensor-model-parallel-size 6"),
         (["RUN", "new", "--to-deepspeed-universal", "u"], "takes one path"),
