@@ -157,8 +157,10 @@ class Manifest:
         if type(content["format"]) is not int or content["format"] != FORMAT:
             raise ValueError(f"its format is {short(content['format'])}")
         settings, progress, fingerprint = (content[name] for name in ("settings", "progress", "data_fingerprint"))
-        if not isinstance(settings, dict) or not all(isinstance(flags, dict) for flags in settings.values()):
-            raise ValueError(f"settings is {short(settings)}, not an object of objects")
+        topics = {"settings": settings, **(settings if isinstance(settings, dict) else {})}
+        for topic, flags in topics.items():
+            if not isinstance(flags, dict):
+                raise ValueError(f"its {short(topic)} is {short(flags)}, not an object of settings")
         if not isinstance(fingerprint, str):
             raise ValueError(f"data_fingerprint is {short(fingerprint)}, not a text")
         return cls(
