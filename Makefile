@@ -34,7 +34,7 @@ demo-source: $(INSTALLED) ## make the demo's source model again (examples/demo/s
 	$(BIN)/python tools/make_demo_source.py
 
 test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup tests
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
 
 # pytest would only say that it found no tests.
 test-gpu: $(INSTALLED) ## the tests of the CUDA kernels; needs an NVIDIA GPU

@@ -31,12 +31,3 @@ hypothesis.settings.load_profile("no deadline")
 def repo_root() -> Path:
     """The directory that holds pretrain_prune.py, tools/ and examples/."""
     return Path(__file__).resolve().parents[1]
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell pytest-xdist what belongs together: a file with its fixtures, and all tests that share the forked runs."""
-    root = Path(__file__).parent
-    for item in items:
-        place = item.path.relative_to(root)
-        item.add_marker(pytest.mark.xdist_group(place.parts[0] if place.parts[0] == "distributed" else str(place)))
