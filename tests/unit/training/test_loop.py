@@ -15,7 +15,7 @@ import pytest
 from megatron_prune.checkpoint.manifest import Progress
 from megatron_prune.config.schema import Config, GuardConfig, PruneConfig, TrainConfig
 from megatron_prune.pruning.groups import MiniGroup
-from megatron_prune.pruning.ledger import Ledger, read_ledger
+from megatron_prune.pruning.ledger import Ledger, parse_ledger
 from megatron_prune.training.engine import StepResult
 from megatron_prune.training.loop import Trainer
 from megatron_prune.training.signals import StopRequest
@@ -43,16 +43,16 @@ def test_a_full_disk_costs_no_line_of_the_ledger_for_good(
         patch.setattr(Path, "open", full)
         trainer._record(decision)
         trainer._record(decision)
-    assert len(read_ledger(path)) == 1
+    assert len(parse_ledger(path.read_bytes())) == 1
     assert capsys.readouterr().err.count("the ledger cannot be written (No space left on device)") == 1
     trainer._record(decision)
-    assert read_ledger(path) == trainer.ledger.events
+    assert parse_ledger(path.read_bytes()) == trainer.ledger.events
     assert [event.event for event in trainer.ledger.events] == [1, 2, 3, 4]
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
         trainer._record(decision)
     trainer._finish()
-    assert read_ledger(path) == trainer.ledger.events
+    assert parse_ledger(path.read_bytes()) == trainer.ledger.events
 
 
 @pytest.mark.parametrize("pace", ["1:9", "2:1"])
