@@ -104,6 +104,7 @@ def test_a_job_of_one_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_alone(port: int, begun: Event) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is born deaf to it
     begun.set()
     os.environ.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     with joined(TIMEOUT_SECONDS):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_prune.checkpoint import reader
+from megatron_prune.checkpoint import manifest, reader
 from megatron_prune.checkpoint.store import Found, damaged_directories, open_newest, save_checkpoint
 from megatron_prune.errors import ConfigError, MegatronPruneError, UserError
 from megatron_prune.parallel.mesh import Mesh, make_mesh
@@ -71,10 +71,10 @@ def test_one_that_cannot_be_read_now_keeps_its_name(
     run_dir: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, reading: str
 ) -> None:
     """At whichever of the reads: shard, header, ledger."""
-    module: Any = reader
+    module: Any = manifest if reading == "read_file" else reader
     original, stale = getattr(module, reading), OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    def flaky(place: Path, *rest: str) -> Any:
+    def flaky(place: Path, *rest: Any) -> Any:
         if "step_00000008" not in str(place):
             return original(place, *rest)
         with monkeypatch.context() as patch:
@@ -83,7 +83,7 @@ def test_one_that_cannot_be_read_now_keeps_its_name(
                 return original(place, *rest)
         raise stale
 
-    monkeypatch.setattr(reader, reading, flaky)
+    monkeypatch.setattr(module, reading, flaky)
     found = found_in(run_dir, mesh)
     assert found.checkpoint.path.name == "step_00000004"
     assert "Stale file handle" in found.damaged[0].why
