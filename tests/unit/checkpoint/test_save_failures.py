@@ -127,7 +127,7 @@ def begin(run_dir: Path, mesh: Mesh, step: int) -> BackgroundSave:
 
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     """A tmpfs in a mount namespace of its own; where that is forbidden, a limit on the size of files."""
-    child = multiprocessing.get_context("fork").Process(target=fill_and_save, args=(tmp_path,))
+    child = multiprocessing.get_context("spawn").Process(target=fill_and_save, args=(tmp_path,))
     child.start()
     child.join(TIMEOUT_SECONDS)
     child.kill()
