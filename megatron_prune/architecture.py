@@ -157,6 +157,11 @@ class Architecture:
         attention = self.num_layers * seq_length * self.num_attention_heads * hd
         return 6.0 * (matrices + attention)
 
+    def kv_bytes_per_token(self, element_bytes: int = 2) -> int:
+        """Bytes of KV cache that one token of context takes, K and V of all layers; 2 bytes an element is bf16."""
+        heads = sum(self.num_kv_heads(layer) for layer in range(self.num_layers))
+        return 2 * heads * self.head_dim * element_bytes
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; :meth:`from_dict` reads it back."""
         return dataclasses.asdict(self)

@@ -238,14 +238,19 @@ def _parts(layout: Layout, recompute: bool) -> dict[str, float]:
     """GiB of what lies on the fullest stage at its peak, by name."""
     memory = layout.worst(recompute)
     sizes = {"weights": memory.weights, "gradients": memory.gradients}
+    if memory.teacher:
+        sizes["teacher"] = memory.teacher
     states = {"fp32 masters": memory.masters, "moments": memory.moments}
     if layout.peak(recompute) > memory.total(recompute):
         sizes |= {f"{name} old and new": 2 * size for name, size in states.items()}
-        sizes["one whole parameter"] = memory.compaction - sum(sizes.values())
+        sizes["one whole parameter"] = memory.compaction + memory.teacher - sum(sizes.values())
     else:
         sizes |= states
+        if memory.statistics:
+            sizes["statistics of a step that prunes"] = memory.statistics
         working = memory.working(recompute)
-        sizes["reduction of gradients" if working == memory.reduction else "activations"] = working
+        names = {memory.reduction: "reduction of gradients", memory.solving: "second-order solving"}
+        sizes[names.get(working, "activations")] = working
     return {name: size / GIB for name, size in sizes.items()}
 
 

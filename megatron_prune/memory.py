@@ -20,6 +20,7 @@ from megatron_prune.parallel.stages import stage_layers
 GIB = 2**30
 
 _BF16_BYTES = 2
+_FP64_BYTES = 8
 #: DeepSpeed reduces so many fp32 gradients in place, and joins what is smaller into a new tensor.
 _BUCKET_ELEMENTS = 500_000_000
 
@@ -40,6 +41,9 @@ class Memory:
         compaction: everything that lies there while tensors are cut, when there are no activations: weights and
             gradients, masters and moments twice (old and new, both counted at the old size), and one whole unsharded
             parameter in fp32.
+        statistics: what a step that prunes collects beside its gradient, see :func:`_statistics_bytes`.
+        solving: what ``obc`` and ``--second-order`` work with after the passes, one matrix at a time.
+        teacher: weights of the frozen source under ``--distill-weight``, and the hidden states it leaves for the loss.
     """
 
     weights: int
@@ -51,18 +55,23 @@ class Memory:
     reduction: int
     stage: int
     compaction: int
+    statistics: int = 0
+    solving: int = 0
+    teacher: int = 0
 
     def working(self, recompute: bool) -> int:
-        """What training holds beside the model: the activations of one choice, or the reduction that follows them."""
-        return max(self.activations_recomputed if recompute else self.activations, self.reduction)
+        """What training holds beside the model: the activations of one choice, or what follows them: the reduction, or
+        the solving of a step that prunes."""
+        return max(self.activations_recomputed if recompute else self.activations, self.reduction, self.solving)
 
     def total(self, recompute: bool) -> int:
         """The most that training holds, with the activations of one choice."""
-        return self.weights + self.gradients + self.masters + self.moments + self.working(recompute)
+        model = self.weights + self.gradients + self.masters + self.moments
+        return model + self.statistics + self.teacher + self.working(recompute)
 
     def peak(self, recompute: bool, compacts: bool) -> int:
         """The most that is ever held: training, or a compaction where the run has any."""
-        return max(self.total(recompute), self.compaction if compacts else 0)
+        return max(self.total(recompute), self.compaction + self.teacher if compacts else 0)
 
 
 def compacts(config: Config) -> bool:
@@ -123,7 +132,9 @@ def rank_shard(arch: Architecture, tensor_parallel: int) -> Architecture:
     )
 
 
-def stage_memory(arch: Architecture, config: Config, num_gpus: int) -> tuple[Memory, ...]:
+def stage_memory(
+    arch: Architecture, config: Config, num_gpus: int, source: Architecture | None = None
+) -> tuple[Memory, ...]:
     """Bytes on the fullest GPU of every pipeline stage at a shape.
 
     With P parameters on a stage's rank (a tied embedding lies on the first and on the last stage) and DP copies:
@@ -132,6 +143,12 @@ def stage_memory(arch: Architecture, config: Config, num_gpus: int) -> tuple[Mem
     where P is at most 500 M. Under 1F1B stage ``s`` of PP keeps the activations of ``min(PP - s, micro-batches)``
     micro-batches. Dead padding that waits for a compaction (up to ``--prune-align`` channels a rank) is not known in
     advance and not counted.
+
+    Args:
+        arch: shape of the model.
+        config: settings.
+        num_gpus: all processes.
+        source: what a teacher is, where it is not ``arch``.
 
     Raises:
         UserError: the layout does not divide the GPUs, or has more stages than layers.
@@ -148,8 +165,70 @@ def stage_memory(arch: Architecture, config: Config, num_gpus: int) -> tuple[Mem
         work = _stage(shard, layers, config, stage, num_micro_batches(config, copies))
         work = dataclasses.replace(work, dead_heads=arch.num_attention_heads % tensor != 0)
         kept, recomputed = (activation_bytes(work, recompute) for recompute in (False, True))
-        result.append(_memory(config, stage, parameters, copies, largest, kept, recomputed))
+        memory = _memory(config, stage, parameters, copies, largest, kept, recomputed)
+        if config.prune.active:
+            measured = _statistics_bytes(arch, shard, config, layers, last=stage == stages - 1)
+            memory = dataclasses.replace(memory, statistics=measured, solving=_solving_bytes(arch, config))
+        if config.distill.distill_weight:
+            taught = _teacher_bytes(source or arch, config, stage, num_micro_batches(config, copies))
+            memory = dataclasses.replace(memory, teacher=taught)
+        result.append(memory)
     return tuple(result)
+
+
+def _multiplied(config: Config) -> set[str]:
+    """The axes of the inputs of which a step that prunes sums ``X X^T``."""
+    prune = config.prune
+    axes = {"heads" if axis == "attention" else axis for axis in prune.prune_axes} if prune.second_order else set()
+    return axes | ({"heads", "ffn"} if prune.prune_metric == "obc" else set())
+
+
+def _statistics_bytes(arch: Architecture, shard: Architecture, config: Config, layers: range, *, last: bool) -> int:
+    """What is collected while the passes of a step that prunes run, on one stage's fullest rank.
+
+    Fisher diagonals of ``o_proj`` and ``down_proj`` in fp32, not divided over the copies; Wanda's sums in fp64. X X^T
+    in fp32: of heads and FFN the rank's rows, of the stem the whole of both of a layer's and of an untied head's.
+    """
+    hidden, heads, ffn = arch.hidden_size, shard.num_attention_heads * shard.head_dim, shard.ffn_hidden_size
+    tensor, axes = config.parallel.tensor_model_parallel_size, _multiplied(config)
+    metric, size = config.prune.prune_metric, 0
+    if metric in ("taylor-mixed", "diag-hessian") and config.prune.prune_hessian == "fisher":
+        size += FP32_BYTES * hidden * (heads + ffn)
+    if metric == "wanda":
+        size += _FP64_BYTES * (heads + ffn)
+    products = {"heads": tensor * heads**2, "ffn": tensor * ffn**2, "stem": 2 * hidden**2}
+    size += FP32_BYTES * sum(products[axis] for axis in axes)
+    head = FP32_BYTES * hidden**2 if last and "stem" in axes and not arch.tie_embeddings else 0
+    return len(layers) * size + head
+
+
+def _solving_bytes(arch: Architecture, config: Config) -> int:
+    """The widest X X^T whole, in fp32 and four times in fp64, and for ``obc`` a matrix in fp32 and twice in fp64."""
+    widths = {
+        "heads": arch.num_attention_heads * arch.head_dim,
+        "ffn": arch.ffn_hidden_size,
+        "stem": arch.hidden_size,
+    }
+    widest = max((widths[axis] for axis in _multiplied(config)), default=0)
+    matrix = (FP32_BYTES + 2 * _FP64_BYTES) * arch.hidden_size * widest if config.prune.prune_metric == "obc" else 0
+    return (FP32_BYTES + 4 * _FP64_BYTES) * widest**2 + matrix
+
+
+def _teacher_bytes(source: Architecture, config: Config, stage: int, micro_batches: int) -> int:
+    """A teacher's weights on one stage, split as the model's are, and what the last stage keeps of its passes.
+
+    That is the last hidden states of a micro-batch, or of all those of a step where there are several stages, as the
+    teacher runs ahead there. Its passes work before the model's, with less.
+    """
+    stages = config.parallel.pipeline_model_parallel_size
+    shard, last = rank_shard(source, config.parallel.tensor_model_parallel_size), stage == stages - 1
+    layers = stage_layers(source.num_layers, stages)[stage]
+    specs = _stage_tensors(source, layers, first=stage == 0, last=last)
+    elements = sum(math.prod(shard.tensor_shape(spec)) for spec in specs)
+    if last:
+        tokens = config.train.micro_batch_size * config.data.seq_length * (1 if stages == 1 else micro_batches)
+        elements += tokens * source.hidden_size
+    return _element_bytes(config) * elements
 
 
 def _memory(

@@ -7,29 +7,20 @@ optimizer steps (paper, Eq. 7).
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.config import (
     Config,
     ParallelConfig,
     TargetShape,
-    floor_shape,
-    parse_count,
     parse_ratio,
-    shape_between,
 )
 from megatron_prune.memory import GIB, Memory, rank_shard, stage_memory, worst_stage
-
-STEM_CHANNEL_UNITS = 2
-FFN_CHANNEL_UNITS = 1
+from megatron_prune.stops import stops, units_between
 
 _SECONDS_PER_HOUR = 3600
 
@@ -75,6 +66,7 @@ class Plan:
         parallel: how they share the model.
         recompute: as configured.
         tokens_per_second: assumed throughput of one GPU, or None.
+        calibration: tokens that decide all removals at once (0: learned masks do), or None if they follow the ratio.
     """
 
     phases: tuple[Phase, ...]
@@ -86,6 +78,7 @@ class Plan:
     parallel: ParallelConfig
     recompute: bool
     tokens_per_second: float | None
+    calibration: int | None
 
     @property
     def continue_steps(self) -> int:
@@ -101,88 +94,18 @@ class Plan:
 
     def tokens_after(self, units: int) -> int:
         """Tokens, warm-up included, until so many units are gone; none before anything is."""
-        return (self.warmup_steps + pruning_steps(units, self.ratio)) * self.batch_tokens if units else 0
+        tokens = (self.warmup_steps + self.steps(units)) * self.batch_tokens + (self.calibration or 0)
+        return tokens if units else 0
 
-
-def units_between(source: Architecture, target: TargetShape) -> int:
-    """Units from a shape down to another; an axis the target leaves out costs nothing."""
-    hidden, ffn, heads = target.resolve(source)
-    return (
-        STEM_CHANNEL_UNITS * (source.hidden_size - hidden)
-        + FFN_CHANNEL_UNITS * (source.ffn_hidden_size - ffn)
-        + source.head_dim * (source.num_attention_heads - heads)
-    )
+    def steps(self, units: int) -> int:
+        """Optimizer steps after the warm-up until so many units are gone."""
+        return pruning_steps(units, self.ratio) if self.calibration is None else 0
 
 
 def pruning_steps(units: int, ratio: tuple[int, int]) -> int:
     """Optimizer steps in which ``units`` are removed at ``ratio`` = (units, steps), rounded up."""
     pruned, steps = ratio
     return math.ceil(units * steps / pruned)
-
-
-def units_range(source: Architecture, floor: tuple[int, int, int], budget: int) -> tuple[int, int]:
-    """Fewest and most units with which a run can first be at or under ``budget`` parameters.
-
-    Every order of removing the three kinds is covered, mixed ones too. A run's last shape is within the budget and
-    the shape one removal before it was not, so only two FFN widths matter for every head count and hidden size: the
-    widest within the budget and the narrowest above it.
-
-    Args:
-        source: where the run starts.
-        floor: least (hidden, ffn, heads).
-        budget: parameters, at least those of the floor and fewer than the source's.
-    """
-    hidden = np.arange(floor[0], source.hidden_size + 1)
-    heads = np.arange(floor[2], source.num_attention_heads + 1)
-    fits = np.stack([_widest_ffn(source, int(count), hidden, budget) for count in heads])  # [heads, hidden]
-    others = source.head_dim * (source.num_attention_heads - heads)[:, None]
-    others = others + STEM_CHANNEL_UNITS * (source.hidden_size - hidden)
-
-    within = np.minimum(fits, source.ffn_hidden_size)
-    units = others + FFN_CHANNEL_UNITS * (source.ffn_hidden_size - within)
-    fewest = units[within >= floor[1]].min()
-
-    above = np.maximum(fits + 1, floor[1])
-    units, exists = others + FFN_CHANNEL_UNITS * (source.ffn_hidden_size - above), above <= source.ffn_hidden_size
-    last_steps = (
-        (units + FFN_CHANNEL_UNITS)[exists & (above > floor[1])],
-        (units + STEM_CHANNEL_UNITS)[:, 1:][exists[:, 1:] & (above[:, 1:] <= fits[:, :-1])],
-        (units + source.head_dim)[1:][exists[1:] & (above[1:] <= fits[:-1])],
-    )
-    return int(fewest), max(int(found.max()) for found in last_steps if found.size)
-
-
-def _widest_ffn(source: Architecture, heads: int, hidden: npt.NDArray[np.int64], budget: int) -> npt.NDArray[np.int64]:
-    """Widest FFN within a budget at every hidden size, below zero where none is, possibly above the source's."""
-    constant, per_hidden, per_ffn, per_both = _bilinear(source, heads)
-    return (budget - constant - per_hidden * hidden) // (per_ffn + per_both * hidden)
-
-
-def _bilinear(source: Architecture, heads: int) -> tuple[int, int, int, int]:
-    """Parameters as ``a + b*hidden + c*ffn + e*hidden*ffn`` at a number of heads, from the Architecture's own count."""
-
-    def count(hidden: int, ffn: int) -> int:
-        return shape_between(source, hidden, ffn, heads).num_parameters()
-
-    constant = count(0, 0)
-    per_hidden, per_ffn = count(1, 0) - constant, count(0, 1) - constant
-    return constant, per_hidden, per_ffn, count(1, 1) - constant - per_hidden - per_ffn
-
-
-def shape_at_budget(source: Architecture, floor: tuple[int, int, int], budget: int) -> Architecture:
-    """First shape at or under ``budget`` when every axis shrinks in proportion towards ``floor``.
-
-    A stand-in for the shape that the run will find.
-    """
-    widths = (source.hidden_size, source.ffn_hidden_size, source.num_attention_heads)
-    parts = max(1, sum(width - least for width, least in zip(widths, floor, strict=True)))
-
-    def shape(part: int) -> Architecture:
-        steps = (round((width - least) * part / parts) for width, least in zip(widths, floor, strict=True))
-        hidden, ffn, heads = (width - step for width, step in zip(widths, steps, strict=True))
-        return shape_between(source, hidden, ffn, heads)
-
-    return shape(bisect.bisect_left(range(parts), True, key=lambda part: shape(part).num_parameters() <= budget))
 
 
 def make_plan(
@@ -208,6 +131,7 @@ def make_plan(
     Raises:
         UserError: the layout does not divide the GPUs, or has more stages than layers.
     """
+    calibration = (config.baseline.few_shot_samples or 0) * config.data.seq_length
     plan = Plan(
         phases=(),
         ratio=parse_ratio(config.prune.prune_ratio),
@@ -218,29 +142,13 @@ def make_plan(
         parallel=config.parallel,
         recompute=config.train.recompute,
         tokens_per_second=tokens_per_second,
+        calibration=calibration if config.baseline.prunes_at_once else None,
     )
     phases = [
         _phase("source", source, (0, 0), source, config, plan),
-        *(_phase(name, arch, bounds, source, config, plan) for name, arch, bounds in _stops(config, source)),
+        *(_phase(name, arch, bounds, source, config, plan) for name, arch, bounds in stops(config, source)),
     ]
     return dataclasses.replace(plan, phases=tuple(phases))
-
-
-def _stops(config: Config, source: Architecture) -> Iterator[tuple[str, Architecture, tuple[int, int]]]:
-    """Name, shape and bounds on the units of every export and of the target, from large to small."""
-    prune = config.prune
-    if not prune.active:
-        return
-    floor = floor_shape(prune, source)
-    searched = [(mark, parse_count(mark)) for mark in sorted(prune.export_at, key=parse_count, reverse=True)]
-    if prune.target_params is not None:
-        searched.append(("target", parse_count(prune.target_params)))
-    for name, budget in searched:
-        yield name, shape_at_budget(source, floor, budget), units_range(source, floor, budget)
-    if prune.target_params is None:
-        arch = shape_between(source, *floor)
-        units = units_between(source, TargetShape(*floor))
-        yield "target", arch, (units, units)
 
 
 def _phase(
@@ -252,9 +160,9 @@ def _phase(
         arch=arch,
         units=units,
         units_range=bounds,
-        steps=pruning_steps(units, plan.ratio),
+        steps=plan.steps(units),
         tokens=plan.tokens_after(units),
-        stages=stage_memory(arch, config, plan.num_gpus),
+        stages=stage_memory(arch, config, plan.num_gpus, source),
     )
 
 
@@ -324,10 +232,9 @@ def format_plan(plan: Plan) -> str:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    last, ratio = plan.phases[-1], "{}:{}".format(*plan.ratio)
+    last = plan.phases[-1]
     if len(plan.phases) > 1:
-        steps = f"{plan.warmup_steps:,} warm-up steps, then {last.steps:,} steps at {ratio}"
-        yield f"pruning: {steps}, of {plan.batch_tokens:,} tokens each"
+        yield f"pruning: {_pace(plan)}"
     if any(phase.units_range[0] != phase.units_range[1] for phase in plan.phases):
         yield "~ the run decides; here every axis shrinks in proportion. From the cheapest to the dearest way down:"
         for phase in plan.phases[1:]:
@@ -346,11 +253,27 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield _shard_note(plan)
 
 
+def _pace(plan: Plan) -> str:
+    steps, tokens = plan.phases[-1].steps, f"of {plan.batch_tokens:,} tokens each"
+    if plan.calibration:
+        return f"all at once before training, as the gradient of {plan.calibration:,} tokens decides"
+    if plan.calibration == 0:
+        return f"all at once after {plan.warmup_steps:,} steps of learning masks, {tokens}"
+    return f"{plan.warmup_steps:,} warm-up steps, then {steps:,} steps at {'{}:{}'.format(*plan.ratio)}, {tokens}"
+
+
 def _memory_note(plan: Plan) -> str:
     memory, parallel = plan.phases[0].memory(plan.recompute), plan.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     layout = f"TP {tensor} x PP {stages} x DP {parallel.data_parallel_size(plan.num_gpus)}"
     cutting = f"\n    while tensors are cut {memory.compaction / GIB:.1f} in all: two optimizer states, no activations"
+    teacher = f", the teacher {memory.teacher / GIB:.1f}" if memory.teacher else ""
+    measured = (
+        f"\n    a step that prunes collects {memory.statistics / GIB:.1f} more, and then works with "
+        f"{memory.solving / GIB:.1f} in place of activations"
+        if memory.statistics
+        else ""
+    )
     reduction = (
         f"\n    when a step's gradients are reduced {memory.reduction / GIB:.1f} in place of activations"
         if memory.reduction > memory.activations_recomputed
@@ -360,7 +283,7 @@ def _memory_note(plan: Plan) -> str:
         f"memory at the source on {plan.num_gpus} GPU(s) ({layout}), GiB on each of the fullest stage {memory.stage}:\n"
         f"    weights {memory.weights / GIB:.1f}, gradients {memory.gradients / GIB:.1f}, fp32 masters "
         f"{memory.masters / GIB:.1f}, moments {memory.moments / GIB:.1f}, activations {memory.activations / GIB:.1f} "
-        f"({memory.activations_recomputed / GIB:.1f} with --recompute; an estimate){reduction}"
+        f"({memory.activations_recomputed / GIB:.1f} with --recompute; an estimate){teacher}{reduction}{measured}"
         f"{cutting if len(plan.phases) > 1 else ''}"
     )
 

@@ -23,6 +23,7 @@ from megatron_prune.errors import (
     StopRequested,
     UserError,
 )
+from megatron_prune.growth import micro_batch_rule
 from megatron_prune.ops.dispatch import format_choices
 from megatron_prune.parallel.join import joined
 from megatron_prune.parallel.mesh import init_process_group, map_launcher_environment
@@ -125,7 +126,8 @@ def _train(config: Config, inputs: Inputs, device: torch.device, stop: StopReque
     if damaged:
         _say(f"note: damaged checkpoints were put aside earlier and take room: {', '.join(map(str, damaged))}")
     with Reporter(save_dir, config, is_main, config.train.train_iters) as reporter:
-        trainer = build_trainer(config, inputs, device, reporter)
+        rule = micro_batch_rule(config, inputs.source, torch.distributed.get_world_size())
+        trainer = build_trainer(config, inputs, device, reporter, rule)
         trainer.run(stop, phases)
     if trainer.pruning:
         parameters = trainer.architecture.num_parameters()

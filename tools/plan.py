@@ -6,7 +6,11 @@
     python tools/plan.py --config examples/llama2_7b.yaml --gpus 32 --gpu-memory 40 --layouts
     python tools/plan.py --source-shape hidden=2048,ffn=8192,heads=32,head_dim=64,layers=24,vocab=49152,tied=1 \\
         --target-shape hidden=1195,ffn=3006,heads=19 --prune-ratio 1:9 --batch-tokens 1048576 --json
+    python tools/plan.py --source /models/SmolLM-1.7B --target-shape hidden=1195,ffn=3006,heads=19 \\
+        --write-config runs/shapes
 
+The last one also writes what to train from random weights beside such a pruned model: DIR/hidden_only, DIR/uniform and,
+of a target shape, DIR/searched, each a --source without weights.
 Every setting of a run is accepted too (--target-params, --export-at, --tensor-model-parallel-size, ...: see
 `pretrain_prune.py --help`); no model, data or GPU is needed.
 """
@@ -20,7 +24,15 @@ import sys
 from pathlib import Path
 
 from megatron_prune.architecture import Architecture
-from megatron_prune.config import Config, load_config, parse_source_shape, validate_against_source
+from megatron_prune.config import (
+    Config,
+    load_config,
+    parse_count,
+    parse_shape,
+    parse_source_shape,
+    shape_between,
+    validate_against_source,
+)
 from megatron_prune.config.validate import pruning_problems
 from megatron_prune.errors import EXIT_BAD_INPUT, ConfigError, UserError
 from megatron_prune.layouts import all_layouts, fit_sentence, format_layouts, layout_dict, layouts_dict, make_layout
@@ -40,6 +52,8 @@ def main(argv: list[str]) -> int:
         source = _source(config)
         validate_against_source(config, source)
         print(_report(own, config, source))
+        if own.write_config is not None:
+            print(_write_baselines(Path(own.write_config), config, source))
     except UserError as error:
         print(f"plan.py: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -59,6 +73,9 @@ def _arguments() -> argparse.ArgumentParser:
         "--gpu-memory", type=float, default=80.0, help="GiB of one GPU (default: 80); a tenth is kept free"
     )
     parser.add_argument("--layouts", action="store_true", help="print every layout of these GPUs and what fits")
+    parser.add_argument(
+        "--write-config", metavar="DIR", help="write shapes of the target's size for direct pretraining there"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
@@ -99,6 +116,32 @@ def _report(own: argparse.Namespace, config: Config, source: Architecture) -> st
     if own.layouts:
         found["layouts"] = layouts_dict(all_layouts(config, source, gpus), gpu_bytes)
     return json.dumps(found)
+
+
+def _write_baselines(directory: Path, config: Config, source: Architecture) -> str:
+    """Write the shapes of direct pretraining; returns a line about each.
+
+    Raises:
+        UserError: there is no target, or no such shape.
+    """
+    from megatron_prune.baselines import baseline_shapes, write_config  # imports torch, as above
+    from megatron_prune.checkpoint.hf import copy_companions, read_config
+
+    target, params = config.prune.target_shape, config.prune.target_params
+    searched = None if target is None else parse_shape(target).resolve(source)
+    if params is None and searched is None:
+        raise UserError("--write-config needs the size of the models: give --target-params or --target-shape")
+    budget = shape_between(source, *searched).num_parameters() if searched else parse_count(params or "")
+    home = Path(config.model.source or "")
+    is_here = (home / "config.json").is_file()
+    lines = []
+    for name, arch in baseline_shapes(source, budget, searched).items():
+        write_config(directory / name, arch, read_config(home) if is_here else {})
+        if is_here:
+            copy_companions(home, directory / name, config.model.tokenizer)
+        widths = f"hidden {arch.hidden_size}, ffn {arch.ffn_hidden_size}, heads {arch.num_attention_heads}"
+        lines.append(f"{directory / name}: {widths}, {arch.num_query_groups} KV, {arch.num_parameters():,} parameters")
+    return "\n".join(lines)
 
 
 def _source(config: Config) -> Architecture:

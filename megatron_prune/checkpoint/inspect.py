@@ -14,6 +14,7 @@ from megatron_prune.checkpoint.files import DamagedCheckpoint, regular_file, sho
 from megatron_prune.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, Manifest
 from megatron_prune.checkpoint.reader import Checkpoint, shard_damage
 from megatron_prune.config import parse_count, parse_shape
+from megatron_prune.config.schema import GqaMode
 from megatron_prune.config.targets import shape_between
 from megatron_prune.errors import UserError
 from megatron_prune.parallel.fragments import Layout
@@ -29,11 +30,12 @@ class Target:
     """Where pruning goes.
 
     Attributes:
-        parameters: the budget; with a target shape its parameters, estimated if K/V heads are shared.
+        parameters: the budget; with a target shape its parameters, estimated if K/V heads are shared; None where
+            something else ends the pruning.
         shape: ``(hidden_size, ffn_hidden_size, num_attention_heads)`` of ``--target-shape``, or None.
     """
 
-    parameters: int
+    parameters: int | None
     shape: tuple[int, int, int] | None
 
 
@@ -88,8 +90,8 @@ class Description:
 
     @property
     def pruned_share(self) -> float | None:
-        """Part of the way from the source's parameters to the target's, 0 to 1, or None without a target."""
-        if self.target is None:
+        """Part of the way from the source's parameters to the target's, 0 to 1, or None without such a target."""
+        if self.target is None or self.target.parameters is None:
             return None
         first, last, now = self.source.num_parameters(), self.target.parameters, self.now.num_parameters()
         return min(1.0, (first - now) / (first - last)) if first > last else 1.0
@@ -239,6 +241,7 @@ def _file_damages(path: Path, manifest: Manifest) -> list[DamagedCheckpoint]:
 def _target(manifest: Manifest) -> Target | None:
     source = manifest.partition.source
     shape, count = manifest.setting("prune", "target_shape"), manifest.setting("prune", "target_params")
+    flags = manifest.settings["prune"]  # which may lack what its version did not know
     if shape is not None:
         widths = parse_shape(str(shape)).resolve(source)
         most = (source.hidden_size, source.ffn_hidden_size, source.num_attention_heads)
@@ -247,8 +250,13 @@ def _target(manifest: Manifest) -> Target | None:
                 f"the checkpoint of step {manifest.progress.step}: its setting prune.target_shape is {short(shape)}, "
                 "wider than its source; use another"
             )
-        return Target(shape_between(source, *widths).num_parameters(), widths)
-    return None if count is None else Target(parse_count(str(count)), None)
+        mode: GqaMode = "balanced" if flags.get("gqa_mode") == "balanced" else "cluster"
+        return Target(shape_between(source, *widths, mode).num_parameters(), widths)
+    if count is not None:
+        return Target(parse_count(str(count)), None)
+    others = ("target_latency_ms", "target_kv_bytes", "replay")
+    ends = any(flags.get(name) is not None for name in others)
+    return Target(None, None) if ends else None
 
 
 def _shape(arch: Architecture) -> dict[str, int]:

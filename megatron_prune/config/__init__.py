@@ -3,8 +3,10 @@
 from megatron_prune.config.cli import dump_yaml, load_config
 from megatron_prune.config.deepspeed_json import deepspeed_config
 from megatron_prune.config.schema import (
+    BaselineConfig,
     Config,
     DataConfig,
+    DistillConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -23,8 +25,10 @@ from megatron_prune.config.values import (
 )
 
 __all__ = [
+    "BaselineConfig",
     "Config",
     "DataConfig",
+    "DistillConfig",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",

@@ -19,8 +19,8 @@ from megatron_prune.errors import UserError
 __all__ = ["dump_yaml", "load_config"]
 
 _HELP_FLAGS = ("-h", "--help")
-#: Settings of which a run has one: choosing one on the command line sets the other, perhaps from YAML, aside.
-_ALTERNATIVES = (("target_params", "target_shape"),)
+#: Settings of which a run has one: choosing one on the command line sets the others, perhaps from YAML, aside.
+_ALTERNATIVES = (("target_params", "target_shape", "target_latency_ms", "target_kv_bytes"),)
 
 
 @dataclasses.dataclass(frozen=True)

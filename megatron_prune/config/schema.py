@@ -7,12 +7,46 @@ Megatron's where Megatron has the thing. This module holds no rule about the val
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Final, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
 #: The pruning axes in the order in which ties between them are settled.
 PRUNE_AXES = ("attention", "ffn", "stem")
+
+#: Names of metrics, those of LLM-Pruner and of the paper's tables among them.
+PruneMetric = Literal[
+    "taylor",
+    "taylor-mixed",
+    "diag-hessian",
+    "vectorize",
+    "wanda",
+    "obc",
+    "magnitude",
+    "random",
+    "param_first",
+    "param_second",
+    "param_mix",
+    "diag-hess",
+]
+
+#: Other names of the same metrics.
+METRIC_ALIASES: Final[Mapping[str, PruneMetric]] = MappingProxyType(
+    {
+        "param_first": "taylor",
+        "param_second": "diag-hessian",
+        "param_mix": "taylor-mixed",
+        "diag-hess": "diag-hessian",
+    }
+)
+
+#: What grouped-query attention makes of the query heads that go together.
+GqaMode = Literal["cluster", "balanced"]
+
+#: What a removal can save.
+PruneCost = Literal["params", "flops", "latency", "kv-bytes"]
 
 
 def split_commas(text: str) -> tuple[str, ...]:
@@ -144,6 +178,10 @@ class TrainConfig:
     """Compile the decoder layers with torch.compile. Every physical compaction compiles again: raise --prune-align so
     that there are few. Heads do not wait for it: without tensor parallelism every removal of a head compiles again."""
 
+    grow_micro_batch: bool = False
+    """Let --micro-batch-size grow as the model shrinks, at the same global batch: at every compaction to the largest
+    multiple that divides a copy's samples and whose activations need no more memory than the source's did."""
+
     op_impl: tuple[str, ...] = ()
     """Force implementations, as OP=IMPLEMENTATION (rms_norm=torch); `python -m megatron_prune.ops` lists them."""
 
@@ -185,8 +223,28 @@ class PruneConfig:
     target_shape: str | None = None
     """Shape to prune down to: hidden=1195,ffn=3006,heads=19. An axis left out keeps the source's width."""
 
-    prune_metric: Literal["taylor", "param_first", "magnitude", "random"] = "taylor"
-    """Saliency of a weight: taylor is abs(w*g); param_first is LLM-Pruner's name for it."""
+    target_latency_ms: float | None = None
+    """Milliseconds a decoded token to prune down to, at batch 1 after --seq-length tokens of context: what stock
+    transformers takes for the export on the first process's device, measured on a grid of shapes when the run starts
+    and kept in the run directory. The shape is searched."""
+
+    target_kv_bytes: str | None = None
+    """Bytes of KV cache per token of context to prune down to, in bf16: 20480, 40K. Only heads shrink."""
+
+    prune_metric: PruneMetric = "taylor"
+    """Saliency of a weight w with gradient g. taylor: abs(w*g). taylor-mixed: abs(-w*g + w*w*H/2). diag-hessian:
+    w*w*H/2. vectorize: abs of the sum of w*g over a group. wanda: abs(w) times the norm of its input. obc:
+    w*w / [inv(X X^T)]_jj with the layer's inputs X, a head by its block. magnitude: abs(w). random: a draw.
+    LLM-Pruner's param_first, param_second and param_mix are taylor, diag-hessian and taylor-mixed; the paper's
+    diag-hess is diag-hessian."""
+
+    prune_hessian: Literal["fisher", "adam"] = "fisher"
+    """The diagonal H of taylor-mixed and diag-hessian. fisher: mean square of the gradients of the step's
+    micro-batches, for 4 bytes a parameter of o_proj and down_proj. adam: Adam's second moment before the step, free."""
+
+    second_order: bool = False
+    """Change the weights that stay as a group goes, so that each layer's outputs change least (optimal brain surgeon):
+    layer by layer, with H = X X^T of the inputs of the step that decides. A tied head stays as it is."""
 
     prune_ratio: str = "1:9"
     """Pruned units : optimizer steps. A unit is one FFN channel; a head is head_dim units, a stem channel two."""
@@ -197,8 +255,31 @@ class PruneConfig:
     prune_axes: CommaList = PRUNE_AXES
     """Which axes may shrink, comma separated: attention (heads), ffn (channels), stem (hidden channels)."""
 
-    saliency_norm: Literal["mean", "sum", "params"] = "mean"
-    """How groups of different size are compared: mean per measured element, plain sum, or sum per parameter freed."""
+    saliency_norm: Literal["mean", "sum", "params", "flops"] = "mean"
+    """How groups of different size are compared: mean per measured element, plain sum, or sum per parameter or per
+    FLOP (of a training token) freed."""
+
+    prune_cost: PruneCost | None = None
+    """Compare groups by their sum per unit of this cost freed, in place of --saliency-norm: params, flops, latency
+    (measured as for --target-latency-ms) or kv-bytes (a query head counts for its share of its K/V head). What frees
+    none goes only when nothing else may."""
+
+    gqa_mode: GqaMode = "cluster"
+    """Grouped-query attention. cluster: every layer gives its least salient query head, and a K/V head goes with its
+    last query; exports repeat the K/V heads that serve several. balanced: one query head of every K/V head at once, or
+    a whole K/V head when they have one query each; exports are as they are."""
+
+    trajectory: CommaList = ("unified",)
+    """unified lets all axes shrink together. An order, such as stem,attention,ffn, prunes each axis to --target-shape
+    before the next begins."""
+
+    replay: str | None = None
+    """Ledger of another run whose removals to repeat, whatever the layout, the ratio or the --trajectory. Pruning ends
+    with the ledger, or before it at a target."""
+
+    final_align: int = 1
+    """Let the search end only where hidden, ffn and heads x head_dim are multiples of this: once the target is met,
+    each axis that is not goes on to the next multiple below and stops. 1 ends at the target."""
 
     prune_align: int = 64
     """Quantum of physical compaction: tensors are cut when a live width of the stem, or of one tensor parallel rank's
@@ -209,14 +290,65 @@ class PruneConfig:
     export_at: CommaList = ()
     """Budgets at which to write a Hugging Face snapshot on the way down: 1.1B,800M."""
 
-    def __post_init__(self) -> None:
-        if self.prune_metric == "param_first":  # an alias: the rest of the program knows one name
-            object.__setattr__(self, "prune_metric", "taylor")
+    def __post_init__(self) -> None:  # the rest of the program knows one name
+        object.__setattr__(self, "prune_metric", METRIC_ALIASES.get(self.prune_metric, self.prune_metric))
 
     @property
     def active(self) -> bool:
         """True when the run prunes."""
-        return self.target_params is not None or self.target_shape is not None
+        return self.replay is not None or bool(self.targets)
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """The targets that are set, as flag and value; at most one in a checked config."""
+        names = ("target_params", "target_shape", "target_latency_ms", "target_kv_bytes")
+        given = {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
+        return {flag: str(value) for flag, value in given.items() if value is not None}
+
+    @property
+    def order(self) -> tuple[str, ...] | None:
+        """The forced order of the axes, or None when they shrink together."""
+        return None if self.trajectory == ("unified",) else self.trajectory
+
+    @property
+    def needs_latency(self) -> bool:
+        """True when something has to be timed."""
+        return self.target_latency_ms is not None or self.prune_cost == "latency"
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineConfig:
+    """What pruning while pretraining is compared with, run by the same trainer: at most one of the two, with a target.
+    Both prune all at once; continued pretraining follows."""
+
+    few_shot_samples: int | None = None
+    """Prune before training: the gradient of so many samples, taken at the source's weights, decides every removal
+    until the target is met. They are the first of the training order and count as consumed. --prune-ratio has no
+    effect."""
+
+    sheared_iters: int | None = None
+    """Learn masks of heads, FFN and hidden channels for so many steps while training (ShearedLlama), with Lagrangian
+    constraints that lead to --target-shape; then keep the units whose masks are largest."""
+
+    sheared_lr: float = 0.1
+    """Learning rate of the masks and, upwards, of the multipliers."""
+
+    @property
+    def prunes_at_once(self) -> bool:
+        """True when all groups are removed in one go."""
+        return self.few_shot_samples is not None or self.sheared_iters is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Learn from the source while shrinking it: the frozen source runs beside the model on the same layout."""
+
+    distill_weight: float = 0.0
+    """Share W of the source's predictions in the loss, (1-W) * cross-entropy + W * T^2 * KL(source || model), in both
+    stages. 0 needs no teacher. Validation reports the cross-entropy alone."""
+
+    distill_temperature: float = 1.0
+    """T: both models' logits are divided by it in the KL divergence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +433,8 @@ class Config:
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
     prune: PruneConfig = PruneConfig()
+    baseline: BaselineConfig = BaselineConfig()
+    distill: DistillConfig = DistillConfig()
     guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
 
@@ -311,6 +445,8 @@ class Config:
 
     @property
     def prune_start_iter(self) -> int:
-        """Step after which pruning begins."""
+        """Step after which pruning begins; that of a baseline that prunes at once."""
+        if self.baseline.prunes_at_once:
+            return self.baseline.sheared_iters or 0
         start = self.prune.prune_start_iter
         return self.optim.lr_warmup_iters if start is None else start

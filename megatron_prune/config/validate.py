@@ -10,6 +10,8 @@ from typing import TypeVar
 from megatron_prune.architecture import Architecture
 from megatron_prune.config.schema import PRUNE_AXES, Config
 from megatron_prune.config.targets import floor_shape, shape_between
+from megatron_prune.config.validate_baseline import baseline_problems
+from megatron_prune.config.validate_search import search_problems, search_problems_of
 from megatron_prune.config.values import (
     nearest,
     parse_count,
@@ -42,6 +44,8 @@ def validate_config(config: Config, world_size: int) -> None:
         *(_layout(config, world_size) or _batch(config, config.parallel.data_parallel_size(world_size))),
         *_split(config),
         *pruning_problems(config),
+        *_metric(config),
+        *baseline_problems(config, world_size),
     ]
     if problems:
         raise ConfigError(problems)
@@ -79,6 +83,7 @@ def validate_against_source(config: Config, arch: Architecture) -> None:
             f"--pipeline-model-parallel-size {stages} is above the source's {arch.num_layers} layers: use at most that"
         )
     problems += _target_shape(config, arch) if config.prune.target_shape is not None else []
+    problems += search_problems_of(config, arch) if not problems else []
     if not problems:  # the floor of a wrong target shape would only repeat what was said
         problems += _budgets(config, arch)
     if problems:
@@ -113,6 +118,7 @@ def _numbers(config: Config) -> Iterator[str]:
         "continue_lr": optim.continue_lr,
         "adam_eps": optim.adam_eps,
         "exit_duration_in_mins": run.exit_duration_in_mins,
+        "target_latency_ms": config.prune.target_latency_ms,
         "rollback_loss_jump": config.guard.rollback_loss_jump,
     }
     at_least_zero = {
@@ -133,6 +139,7 @@ def _numbers(config: Config) -> Iterator[str]:
         "eval_iters": run.eval_iters,
         "lr_wsd_decay_iters": optim.lr_wsd_decay_iters,
         "max_skipped_steps": config.guard.max_skipped_steps,
+        "final_align": config.prune.final_align,
         "saliency_spike": config.guard.saliency_spike,
     }
     yield from _outside(more_than_zero, lambda value: value > 0, "must be above 0")
@@ -230,14 +237,10 @@ def _pruning(config: Config) -> Iterator[str]:
         yield f"--prune-axes has unknown {unknown[0]!r}{hint or ': use ' + ', '.join(PRUNE_AXES)}"
     if len(set(prune.prune_axes)) != len(prune.prune_axes):
         yield f"--prune-axes {','.join(prune.prune_axes)} names an axis twice: keep one"
-    if prune.target_params is not None and prune.target_shape is not None:
-        yield (
-            f"--target-params {prune.target_params} and --target-shape {prune.target_shape} are both given: "
-            "keep the one that should end the pruning"
-        )
+    yield from search_problems(config)
     if not prune.active:
         if prune.export_at:
-            yield f"--export-at {','.join(prune.export_at)} needs pruning: give --target-params or --target-shape"
+            yield f"--export-at {','.join(prune.export_at)} needs pruning: give --target-params or another target"
         if config.optim.continue_lr is not None or config.optim.continue_lr_warmup_iters is not None:
             yield "--continue-lr and its warm-up follow pruning: without a target use --lr and --lr-warmup-iters"
         return
@@ -252,6 +255,7 @@ def _syntax(config: Config) -> Iterator[str]:
     prune = config.prune
     yield from _attempt("--prune-ratio", parse_ratio, prune.prune_ratio)
     yield from _attempt("--target-params", parse_count, prune.target_params)
+    yield from _attempt("--target-kv-bytes", parse_count, prune.target_kv_bytes)
     yield from _attempt("--target-shape", parse_shape, prune.target_shape)
     yield from _attempt("--source-shape", parse_source_shape, config.model.source_shape)
     for mark in prune.export_at:
@@ -260,6 +264,19 @@ def _syntax(config: Config) -> Iterator[str]:
         op, equals, implementation = choice.partition("=")
         if not (op and equals and implementation):
             yield f"--op-impl {choice!r} is not OP=IMPLEMENTATION: write it like rms_norm=torch"
+
+
+def _metric(config: Config) -> Iterator[str]:
+    """What goes with what is measured."""
+    prune, baseline = config.prune, config.baseline
+    if prune.prune_hessian == "adam" and prune.prune_metric not in ("taylor-mixed", "diag-hessian"):
+        yield f"--prune-hessian adam is of no use to --prune-metric {prune.prune_metric}, which has no H: drop it"
+    elif prune.prune_hessian == "adam" and baseline.few_shot_samples is not None:
+        yield "--prune-hessian adam knows nothing before training, when --few-shot-samples decides: use fisher"
+    if prune.second_order and baseline.sheared_iters is not None:
+        yield f"--second-order is no part of --sheared-iters {baseline.sheared_iters}, which trains its masks: drop one"
+    if prune.second_order and not prune.active:
+        yield "--second-order changes weights as groups go, and there is no target: give --target-params, or drop it"
 
 
 def _attempt(flag: str, parse: Callable[[str], _Value], text: str | None) -> Iterator[str]:
@@ -295,7 +312,7 @@ def _budgets(config: Config, arch: Architecture) -> list[str]:
         return []
     largest = arch.num_parameters()
     floor = floor_shape(prune, arch)
-    lowest = shape_between(arch, *floor).num_parameters()
+    lowest = shape_between(arch, *floor, prune.gqa_mode).num_parameters()
     asked = [("--target-params", prune.target_params)] if prune.target_params is not None else []
     problems = []
     for flag, text in [*asked, *(("--export-at", mark) for mark in prune.export_at)]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_prune.architecture import Architecture
+from megatron_prune.model.masks import UnitMask
 from megatron_prune.model.rope import RotaryTables, apply_rope
 from megatron_prune.ops.dispatch import Ops
 from megatron_prune.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
@@ -90,10 +91,14 @@ class RMSNorm(nn.Module):
         self.live_width = live_width
         self.eps = eps
         self.ops = ops
+        self.mask: UnitMask | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of ``x`` [..., width]; fp32 inside, dtype of ``x`` outside."""
-        return self.ops.rms_norm(x, self.weight, self.eps, self.live_width)
+        if self.mask is None:
+            return self.ops.rms_norm(x, self.weight, self.eps, self.live_width)
+        masked = x * self.mask.value(self.training, x.dtype)
+        return self.ops.rms_norm(masked, self.weight, self.eps, self.mask.live(self.training))
 
 
 class Attention(nn.Module):
@@ -120,6 +125,7 @@ class Attention(nn.Module):
         self.k_proj = ColumnParallelLinear(shape.hidden, kv_width, bias=arch.qkv_bias)
         self.v_proj = ColumnParallelLinear(shape.hidden, kv_width, bias=arch.qkv_bias)
         self.o_proj = RowParallelLinear(q_width, shape.hidden, bias=arch.out_bias, tp=tp)
+        self.mask: UnitMask | None = None
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if arch.qk_norm:
@@ -164,4 +170,6 @@ class Attention(nn.Module):
         out = self.ops.attention(q, k, v, self.window)
         if self.has_dead_heads:
             out = out * self.live_heads
+        if self.mask is not None:
+            out = out * self.mask.value(self.training, out.dtype).view(-1, 1, 1)
         return self.o_proj(out.transpose(1, 2).reshape(batch, seq_length, shape.heads * head_dim))

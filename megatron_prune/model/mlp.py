@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.model.attention import LayerShape
+from megatron_prune.model.masks import UnitMask
 from megatron_prune.ops.dispatch import Ops
 from megatron_prune.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from megatron_prune.parallel.matmul import linear_together
@@ -28,8 +29,12 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(shape.ffn, shape.hidden, bias=arch.mlp_bias, tp=tp)
         self.ops = ops
         self.tp = tp
+        self.mask: UnitMask | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]. Dead channels are zero in and out: silu(0) * 0 = 0."""
         gate, up = linear_together(self.tp.enter(x), (self.gate_proj, self.up_proj))
-        return self.down_proj(self.ops.swiglu(gate, up))
+        product = self.ops.swiglu(gate, up)
+        if self.mask is not None:
+            product = product * self.mask.value(self.training, product.dtype)
+        return self.down_proj(product)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from megatron_prune.architecture import TensorSpec, tensor_specs
 from megatron_prune.model.attention import LayerShape, RMSNorm
+from megatron_prune.model.masks import ModelMasks
 from megatron_prune.model.transformer import DecoderLayer, LMHead
 from megatron_prune.ops.dispatch import Ops
+from megatron_prune.parallel.distill_loss import Guide, linear_distillation
 from megatron_prune.parallel.layers import TensorParallel
 from megatron_prune.parallel.linear_loss import linear_cross_entropy
 from megatron_prune.parallel.mesh import Mesh
@@ -72,7 +74,14 @@ def layer_shapes(partition: Partition, tp_rank: int = 0) -> tuple[LayerShape, ..
 
 
 def build_pipeline(
-    partition: Partition, ops: Ops, mesh: Mesh, *, sequence_parallel: bool, recompute: bool, compile_layers: bool
+    partition: Partition,
+    ops: Ops,
+    mesh: Mesh,
+    *,
+    sequence_parallel: bool,
+    recompute: bool,
+    compile_layers: bool,
+    guide: Guide | None = None,
 ) -> PipelineModule:
     """Build this process's stage of the model.
 
@@ -83,16 +92,17 @@ def build_pipeline(
         sequence_parallel: split the sequence over the tensor-parallel ranks between blocks.
         recompute: checkpoint the activations of every decoder layer.
         compile_layers: run the decoder layers through torch.compile.
+        guide: a teacher's output projection, on the last stage of a run that has one.
 
     Returns:
-        A module whose loss is the mean cross-entropy of ``[B, S]`` next tokens.
+        A module whose loss is the mean cross-entropy of ``[B, S]`` next tokens, or, of a pair of them and a teacher's
+        last hidden states ``[B, S, D]``, that of :func:`~megatron_prune.parallel.distill_loss.linear_distillation`.
     """
     arch = partition.source
     shapes = layer_shapes(partition, mesh.tp_rank)
     hidden, live_hidden = shapes[0].hidden, shapes[0].live_hidden
     tp = TensorParallel(mesh.tp_rank, mesh.tp_size, mesh.tp_group, sequence_parallel)
-    tokens = partition.slots("vocab", None, mesh.tp_rank)
-    rows, first, valid = len(tokens), mesh.tp_rank * len(tokens), int((tokens != DEAD).sum())
+    rows, first, valid = vocab_rows(partition, mesh.tp_rank)
     layers: list[LayerSpec] = [LayerSpec(DecoderLayer, arch, shape, ops, tp) for shape in shapes]
     last_norm = LayerSpec(RMSNorm, hidden, live_hidden, arch.norm_eps, ops)
     table = (rows, first, valid, hidden, tp)
@@ -103,8 +113,13 @@ def build_pipeline(
         embed = LayerSpec(VocabParallelEmbedding, *table)
         head = LayerSpec(_UntiedHead, rows, hidden, tp)
 
-    def loss(entered: Tensor, labels: Tensor) -> Tensor:
-        entered, labels, weight = entered.flatten(0, -2), labels.flatten(), _head_weight(pipeline)
+    def loss(entered: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        entered, weight = entered.flatten(0, -2), _head_weight(pipeline)
+        if not isinstance(target, Tensor):
+            labels, taught = target[0].flatten(), target[1].flatten(0, -2)
+            assert guide is not None, "only a teacher adds hidden states to the labels"
+            return linear_distillation(entered, weight, labels, taught, guide, first, valid, tp)
+        labels = target.flatten()
         if tp.size == 1:
             return ops.cross_entropy(entered, weight, labels)
         return linear_cross_entropy(entered, weight, labels, first, valid, tp)
@@ -122,6 +137,12 @@ def build_pipeline(
         if compile_layers and isinstance(layer, DecoderLayer):
             layer.compile()
     return pipeline
+
+
+def vocab_rows(partition: Partition, tp_rank: int) -> tuple[int, int, int]:
+    """Rows of a rank's part of the vocabulary, its first token, and how many rows hold a token."""
+    tokens = partition.slots("vocab", None, tp_rank)
+    return len(tokens), tp_rank * len(tokens), int((tokens != DEAD).sum())
 
 
 class _UntiedHead(LMHead):
@@ -146,7 +167,7 @@ def named_parameters(pipeline: PipelineModule, partition: Partition) -> list[Nam
     """This stage's parameters in model order, each tied matrix once."""
     specs = {spec.name: spec for spec in tensor_specs(partition.source)}
     found = []
-    for prefix, module in _stage_modules(pipeline, partition):
+    for prefix, module in stage_modules(pipeline, partition):
         for local_name, _ in module.named_parameters():
             *path, attribute = local_name.split(".")
             found.append(NamedParameter(specs[prefix + local_name], module.get_submodule(".".join(path)), attribute))
@@ -158,14 +179,23 @@ def named_parameters(pipeline: PipelineModule, partition: Partition) -> list[Nam
 def follow_partition(pipeline: PipelineModule, partition: Partition, tp_rank: int) -> None:
     """Tell every module its sizes after the partition changed (logically or physically)."""
     shapes = layer_shapes(partition, tp_rank)
-    for prefix, module in _stage_modules(pipeline, partition):
+    for prefix, module in stage_modules(pipeline, partition):
         if isinstance(module, DecoderLayer):
             module.set_shape(shapes[int(prefix.split(".")[2])])
         elif isinstance(module, RMSNorm):
             module.live_width = shapes[0].live_hidden
 
 
-def _stage_modules(pipeline: PipelineModule, partition: Partition) -> Iterator[tuple[str, nn.Module]]:
+def set_masks(pipeline: PipelineModule, partition: Partition, masks: ModelMasks) -> None:
+    """Multiply by masks from now on, in an unsplit model that nothing was removed from."""
+    for prefix, module in stage_modules(pipeline, partition):
+        if isinstance(module, DecoderLayer):
+            module.set_masks(masks, int(prefix.split(".")[2]))
+        elif isinstance(module, RMSNorm):
+            module.mask = masks.stem
+
+
+def stage_modules(pipeline: PipelineModule, partition: Partition) -> Iterator[tuple[str, nn.Module]]:
     """``(Hugging Face prefix, module)`` of everything this stage holds."""
     last_norm = partition.source.num_layers + 1
     for key, module in pipeline.tied_modules.items():

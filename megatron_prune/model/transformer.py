@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.model.attention import Attention, LayerShape, RMSNorm
+from megatron_prune.model.masks import ModelMasks
 from megatron_prune.model.mlp import MLP
 from megatron_prune.model.rope import RotaryTables
 from megatron_prune.ops.dispatch import Ops
@@ -89,6 +90,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm.live_width = shape.live_hidden
         self.post_attention_layernorm.live_width = shape.live_hidden
 
+    def set_masks(self, masks: ModelMasks, layer: int) -> None:
+        """Take the masks of decoder layer ``layer`` of a model."""
+        self.input_layernorm.mask = self.post_attention_layernorm.mask = masks.stem
+        self.self_attn.mask = None if masks.heads is None else masks.heads[layer]
+        self.mlp.mask = None if masks.ffn is None else masks.ffn[layer]
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D], or under sequence parallelism this rank's part of the sequence, to the same."""
         x = x + self.self_attn(self.input_layernorm(x), self.rotary)
@@ -143,10 +150,18 @@ class CausalLM(nn.Module):
             layer.set_shape(shape)
         self.model.norm.live_width = shapes[0].live_hidden
 
+    def set_masks(self, masks: ModelMasks) -> None:
+        """Multiply by masks from now on."""
+        for layer, module in enumerate(self.model.layers):
+            assert isinstance(module, DecoderLayer)
+            module.set_masks(masks, layer)
+        self.model.norm.mask = masks.stem
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Map int64 [B, S] to logits [B, S, V] in the dtype of the weights."""
         x = self.model(tokens)
-        return logits(self.lm_head or self.model.embed_tokens, x)
+        found: Tensor = logits(self.model.embed_tokens, x) if self.lm_head is None else self.lm_head(x)
+        return found
 
 
 def initial_tensor(name: str, shape: Sequence[int], seed: int, num_layers: int) -> Tensor:

@@ -25,6 +25,26 @@ def sum_over_stage_(tensor: Tensor, mesh: Mesh) -> None:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=mesh.stage_group)
 
 
+def sum_over_copies_(tensor: Tensor, mesh: Mesh) -> None:
+    """Sum a tensor over the data-parallel copies of this shard in place."""
+    if mesh.dp_group is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=mesh.dp_group)
+
+
+def tensors_beside(tensor: Tensor, mesh: Mesh) -> list[Tensor]:
+    """One tensor of every rank that splits this stage's layers, in rank order; all have the same shape.
+
+    Args:
+        tensor: this rank's, contiguous.
+        mesh: groups.
+    """
+    if mesh.tp_group is None:
+        return [tensor]
+    tensors = [torch.empty_like(tensor) for _ in range(mesh.tp_size)]
+    dist.all_gather(tensors, tensor, group=mesh.tp_group)
+    return tensors
+
+
 def sum_over_tensor_parallel_(tensor: Tensor, mesh: Mesh) -> None:
     """Sum a tensor over the ranks that split this stage's layers in place."""
     if mesh.tp_group is not None:

@@ -7,6 +7,7 @@ backward pass only scales them. A vocabulary may be whole or split (see :mod:`~m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,10 @@ from megatron_prune.parallel.vocab import local_rows
 #: Bytes of logits that exist at a time: large enough for full-speed products, small beside the activations.
 CHUNK_BYTES: Final = {"cpu": 96 << 20, "cuda": 512 << 20}
 LEAST_CHUNK: Final = 128  # tokens
+
+#: Turns a chunk's logits ``[n, valid]`` into the gradient of the sum of its tokens' losses in place, and gives these
+#: losses ``[n]``; the slice says which tokens they are.
+ChunkScore = Callable[[Tensor, slice], Tensor]
 
 
 def linear_cross_entropy(
@@ -50,31 +55,44 @@ def linear_cross_entropy(
         they are multiplied, and so is each chunk's product with the hidden states before it is added to the running
         gradient of the weight; the sum itself is rounded once, in the backward pass, to the dtype of the weight.
     """
+    column, mine = local_rows(labels, first, valid)
+    score = lambda logits, part: cross_entropy_(logits, column[part], mine[part], tp)  # noqa: E731
+    return linear_loss(hidden, weight, valid, score, chunk_tokens)
+
+
+def linear_loss(
+    hidden: Tensor, weight: Tensor, valid: int, score: ChunkScore, chunk_tokens: int | None = None, chunks: int = 1
+) -> Tensor:
+    """Mean of a score of ``hidden @ weight.T`` over tokens, and its gradients, a chunk of tokens at a time.
+
+    Args:
+        hidden: as for :func:`linear_cross_entropy`.
+        weight: likewise.
+        valid: likewise.
+        score: of a chunk's logits.
+        chunk_tokens: likewise.
+        chunks: arrays of a chunk's size that exist at a time, those of the score included.
+    """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if chunk_tokens is None:
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
-        chunk_tokens = max(LEAST_CHUNK, budget // (wide.itemsize * len(weight)))
-    loss: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, labels, first, valid, tp, chunk_tokens, torch.is_grad_enabled()
-    )
+        chunk_tokens = max(LEAST_CHUNK, budget // (chunks * wide.itemsize * len(weight)))
+    loss: Tensor = _LinearLoss.apply(hidden, weight, valid, score, chunk_tokens, torch.is_grad_enabled())
     return loss
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        labels: Tensor,
-        first: int,
         valid: int,
-        tp: TensorParallel,
+        score: ChunkScore,
         chunk_tokens: int,
         trains: bool,  # needs_input_grad is true of a weight under no_grad as well
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        column, mine = local_rows(labels, first, valid)
         live = weight[:valid].to(product_dtype(hidden))
         d_hidden = torch.empty_like(hidden) if trains else None
         d_weight = torch.zeros_like(weight, dtype=wide) if trains else None
@@ -85,13 +103,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk_tokens)
             entered = hidden[part].to(live.dtype)
             logits = torch.mm(entered, live.T, out=products[: len(entered)]).to(wide)
-            losses = _softmax_(logits, column[part], mine[part], tp)
-            total += losses.sum()
+            total += score(logits, part).sum()
             if d_hidden is None or d_weight is None:
                 del logits  # else they would lie beside the next chunk's
                 continue
-            if valid:
-                logits.scatter_add_(1, column[part].unsqueeze(1), -mine[part].unsqueeze(1).to(wide))
             narrow = products[: len(entered)].copy_(logits)
             del logits  # else they would lie beside a product as large as the weight, and then the next chunk's
             d_hidden[part] = narrow @ live
@@ -115,7 +130,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = grads[0] / len(d_hidden)
         # In place: a second matrix of the vocabulary would be the peak of the whole step.
         d_hidden.mul_(scale.to(d_hidden.dtype))
-        return d_hidden, d_weight.mul_(scale).to(ctx.weight_dtype), None, None, None, None, None, None
+        return d_hidden, d_weight.mul_(scale).to(ctx.weight_dtype), None, None, None, None
+
+
+def cross_entropy_(logits: Tensor, column: Tensor, mine: Tensor, tp: TensorParallel) -> Tensor:
+    """The :data:`ChunkScore` of cross-entropy.
+
+    Args:
+        logits: ``[n, valid]``, fp32 or wider.
+        column: ``[n]`` row of each label on this rank.
+        mine: ``[n]`` whether it is on this rank.
+        tp: who shares the vocabulary.
+    """
+    losses = _softmax_(logits, column, mine, tp)
+    if logits.shape[1]:
+        logits.scatter_add_(1, column.unsqueeze(1), -mine.unsqueeze(1).to(logits.dtype))
+    return losses
 
 
 def _softmax_(logits: Tensor, column: Tensor, mine: Tensor, tp: TensorParallel) -> Tensor:

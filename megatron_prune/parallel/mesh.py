@@ -38,6 +38,7 @@ class Mesh:
         pp_group: one process of every stage, with this copy and tensor-parallel rank.
         dp_rank: position among the data-parallel copies of this shard.
         dp_size: number of copies.
+        dp_group: the processes that hold copies of this one's shard.
         stage_group: all processes of this stage, copies and tensor-parallel ranks.
         control_group: all processes, on a backend that moves CPU tensors (flags, decisions, counters).
         device: where this process computes.
@@ -53,6 +54,7 @@ class Mesh:
     pp_group: dist.ProcessGroup | None
     dp_rank: int
     dp_size: int
+    dp_group: dist.ProcessGroup | None
     stage_group: dist.ProcessGroup | None
     control_group: dist.ProcessGroup
     device: torch.device
@@ -146,6 +148,7 @@ def make_mesh(device: torch.device, tensor_parallel: int = 1, pipeline_parallel:
         pp_group=_own_group(ranks.flatten(1, 2).T, rank),
         dp_rank=dp_rank,
         dp_size=copies,
+        dp_group=_own_group(ranks.transpose(1, 2).flatten(0, 1), rank),
         stage_group=_own_group(ranks.flatten(1, 2), rank),
         control_group=control,
         device=device,

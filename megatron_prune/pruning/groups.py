@@ -21,33 +21,51 @@ class MiniGroup:
     """One removable group, in the source model's coordinates.
 
     Attributes:
-        type: ``attention`` (a query head in every layer), ``ffn`` (a channel in every layer) or ``stem`` (one hidden
-            channel of the whole model).
-        removed: index per layer, or the one stem index.
+        type: ``attention`` (query heads in every layer: one, or under ``--gqa-mode balanced`` one of every K/V
+            head), ``ffn`` (a channel in every layer) or ``stem`` (one hidden channel of the whole model).
+        removed: index per layer, a tuple of indices per layer where several go at once, or the one stem index.
     """
 
     type: GroupType
-    removed: tuple[int, ...] | int
+    removed: tuple[int | tuple[int, ...], ...] | int
 
-    def index(self, layer: int) -> int:
-        """The source index this group takes from a layer."""
-        return self.removed if isinstance(self.removed, int) else self.removed[layer]
+    def indices(self, layer: int) -> tuple[int, ...]:
+        """The source indices this group takes from a layer."""
+        removed = self.removed if isinstance(self.removed, int) else self.removed[layer]
+        return (removed,) if isinstance(removed, int) else removed
+
+    @property
+    def size(self) -> int:
+        """Heads or channels that it takes from every layer."""
+        return len(self.indices(0))
+
+    def listed(self) -> list[int | list[int]] | int:
+        """What a ledger line says of it: ``removed`` with lists for tuples."""
+        if isinstance(self.removed, int):
+            return self.removed
+        return [index if isinstance(index, int) else list(index) for index in self.removed]
 
 
-def units(group: GroupType, arch: Architecture) -> int:
-    """Cost of one removal in units: output-group channels per block (head ``head_dim``, FFN channel 1, stem 2)."""
-    return {"attention": arch.head_dim, "ffn": 1, "stem": 2}[group]
+def units(group: GroupType, arch: Architecture, taken: int = 1) -> int:
+    """Cost of a removal in units: output-group channels per block (a head ``head_dim``, an FFN channel 1, stem 2).
+
+    Args:
+        group: type.
+        arch: the model.
+        taken: heads or channels that go from every layer at once.
+    """
+    return {"attention": arch.head_dim, "ffn": 1, "stem": 2}[group] * taken
 
 
 def remove(partition: Partition, group: MiniGroup) -> Partition:
     """Mark a group's slots dead: the logical removal. A KV head goes with its last query (paper B.4)."""
     if group.type == "stem":
-        return dataclasses.replace(partition, stem=_without(partition.stem, group.index(0)))
+        return dataclasses.replace(partition, stem=_without(partition.stem, group.indices(0)))
     layers = range(partition.source.num_layers)
     if group.type == "ffn":
-        ffn = tuple(_without(partition.ffn[layer], group.index(layer)) for layer in layers)
+        ffn = tuple(_without(partition.ffn[layer], group.indices(layer)) for layer in layers)
         return dataclasses.replace(partition, ffn=ffn)
-    heads = tuple(_without(partition.heads[layer], group.index(layer)) for layer in layers)
+    heads = tuple(_without(partition.heads[layer], group.indices(layer)) for layer in layers)
     kv_heads = []
     for layer in layers:
         kv_of_head = np.asarray(partition.source.kv_of_head(layer))
@@ -64,9 +82,10 @@ def newly_dead(before: Partition, after: Partition, axis: Axis, layer: int | Non
     return np.nonzero((old != DEAD) & (new == DEAD))[0]
 
 
-def _without(slots: IntArray, unit: int) -> IntArray:
-    assert (slots == unit).sum() == 1, f"unit {unit} is not live"
-    return _read_only(np.where(slots == unit, DEAD, slots))
+def _without(slots: IntArray, units: tuple[int, ...]) -> IntArray:
+    gone = np.isin(slots, units)
+    assert gone.sum() == len(units), f"of units {units} not all are live"
+    return _read_only(np.where(gone, DEAD, slots))
 
 
 def _read_only(array: IntArray) -> IntArray:

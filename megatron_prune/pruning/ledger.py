@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.parallel.partition import Partition
-from megatron_prune.pruning.groups import MiniGroup, remove
+from megatron_prune.pruning.groups import GroupType, MiniGroup, remove
 
 _LARGEST_COUNT: Final = 1 << 62  # of steps, tokens and parameters
 
@@ -28,7 +28,8 @@ class Event:
         step: optimizer steps taken when it happened.
         tokens: training tokens consumed by then.
         type: ``attention``, ``ffn`` or ``stem``.
-        removed: source index per layer, or the one stem index.
+        removed: source index per layer, a list of them per layer where several heads went at once (``--gqa-mode
+            balanced``), or the one stem index.
         scores: the candidates' scores by type.
         shape: hidden_size, ffn_hidden_size, num_attention_heads after the event.
         parameters: parameters after the event.
@@ -38,7 +39,7 @@ class Event:
     step: int
     tokens: int
     type: str
-    removed: list[int] | int
+    removed: list[int | list[int]] | int
     scores: Mapping[str, float]
     shape: Mapping[str, int]
     parameters: int
@@ -46,8 +47,10 @@ class Event:
     @property
     def group(self) -> MiniGroup:
         """The mini-group this event removed."""
-        removed = self.removed if isinstance(self.removed, int) else tuple(self.removed)
-        return MiniGroup(self.type, removed)  # type: ignore[arg-type]  # checked when the line was read
+        kind: GroupType = self.type  # type: ignore[assignment]  # checked when the line was read
+        if isinstance(self.removed, int):
+            return MiniGroup(kind, self.removed)
+        return MiniGroup(kind, tuple(tuple(index) if isinstance(index, list) else index for index in self.removed))
 
 
 def shape_of(arch: Architecture) -> dict[str, int]:
@@ -134,6 +137,11 @@ def _is_score(value: object) -> bool:
 
 
 def _is_removed(value: object) -> bool:
+    """One index; or for every layer one, or several where heads go by the set."""
+    return _is_count(value) or (isinstance(value, list) and bool(value) and all(map(_is_layer, value)))
+
+
+def _is_layer(value: object) -> bool:
     return _is_count(value) or (isinstance(value, list) and bool(value) and all(map(_is_count, value)))
 
 

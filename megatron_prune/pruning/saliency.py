@@ -8,7 +8,7 @@ of all ranks add up, so only vectors travel.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ class Fragment:
         grad: flat gradient of the mean loss ``[numel]``.
         start: position of the first element in the flattened physical matrix.
         shape: physical ``(rows, columns)``.
+        hessian: flat diagonal of the Hessian ``[numel]`` fp32, for the metrics that use it.
     """
 
     spec: TensorSpec
@@ -40,23 +41,30 @@ class Fragment:
     grad: Tensor
     start: int
     shape: tuple[int, int]
+    hessian: Tensor | None = None
 
 
-def _alone(vector: Tensor) -> None:
+def _alone(tensor: Tensor) -> None:
     """The sum over a group of one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """In-place sums of fp64 vectors over processes; by default there is only this one.
+    """In-place sums over processes; by default there is only this one.
 
     Attributes:
         over_stage: over the copies and tensor-parallel ranks of this pipeline stage.
         over_all: over all processes.
+        over_copies: over the copies of this shard.
+        beside: one tensor of every tensor-parallel rank of this copy's stage, in rank order.
+        turn: this process's place in its stage and the processes there are, for work that they share out.
     """
 
     over_stage: Callable[[Tensor], None] = _alone
     over_all: Callable[[Tensor], None] = _alone
+    over_copies: Callable[[Tensor], None] = _alone
+    beside: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor]
+    turn: tuple[int, int] = (0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +99,7 @@ def accumulate(
     sums: Sums,
     device: torch.device,
     tp_rank: int = 0,
+    norms: Mapping[str, Tensor] | None = None,
 ) -> SaliencyVectors:
     """Score the fragments this rank owns and add up all ranks.
 
@@ -99,48 +108,87 @@ def accumulate(
     Args:
         fragments: this rank's pieces of ``o_proj`` and ``down_proj`` of any layers of its stage.
         partition: the placement the fragments are in.
-        metric: ``taylor`` or ``magnitude``.
+        metric: any but ``random`` and ``obc``, which are not summed from fragments.
         kernels: to form the sums of a fragment with.
         layers: of this stage.
         sums: over the processes.
         device: where the sums are formed.
         tp_rank: whose slots the fragments use.
+        norms: for ``wanda``, by the name of the matrix ``[physical columns]`` fp32 norms of its input.
 
     Returns:
         The stem is the same on every rank; heads and channels are those of this stage's layers, the same on all of
         its ranks, and zero for other layers.
     """
-    source = partition.source
-    heads = torch.zeros(source.num_layers, source.num_attention_heads, dtype=torch.float64, device=device)
-    ffn = torch.zeros(source.num_layers, source.ffn_hidden_size, dtype=torch.float64, device=device)
-    stem = torch.zeros(len(partition.stem), dtype=torch.float64, device=device)
+    scores = UnitScores.zeros(partition, device)
     fragments = list(fragments)
-    pieces = [Piece(f.weight, f.grad, None, f.start, f.shape[1]) for f in fragments]
-    found = kernels.row_and_column_sums(pieces, element_score(metric))
+    pieces = [Piece(f.weight, f.grad, f.hessian, f.start, f.shape[1]) for f in fragments]
+    if metric == "wanda":
+        assert norms is not None, "wanda needs the norms of the inputs"
+        found = kernels.wanda_sums(pieces, [norms[f.spec.name] for f in fragments])
+    else:
+        found = kernels.row_and_column_sums(pieces, element_score(metric))
     for fragment, piece, (rows, columns) in zip(fragments, pieces, found, strict=True):
         layer = fragment.spec.layer
         assert layer is not None
-        stem[piece.first_row : piece.first_row + piece.num_rows] += rows
+        scores.stem[piece.first_row : piece.first_row + piece.num_rows] += rows
         if fragment.spec.axes[1] == "heads":
-            per_head = columns.view(-1, source.head_dim).sum(1)
-            _scatter(heads[layer], partition.slots("heads", layer, tp_rank), per_head)
+            per_head = columns.view(-1, partition.source.head_dim).sum(1)
+            _scatter(scores.heads[layer], partition.slots("heads", layer, tp_rank), per_head)
         else:
-            _scatter(ffn[layer], partition.slots("ffn", layer, tp_rank), columns)
-    alive = [(ffn[layer], live(partition.ffn[layer])) for layer in layers]
-    alive += [(heads[layer], live(partition.heads[layer])) for layer in layers]
-    packed = torch.cat([vector[torch.from_numpy(units).to(device)] for vector, units in alive])
-    sums.over_stage(packed)
-    for (vector, units), values in zip(alive, packed.split([len(units) for _, units in alive]), strict=True):
-        vector[torch.from_numpy(units).to(device)] = values
-    sums.over_all(stem)
-    by_channel = np.zeros(source.hidden_size)
-    by_channel[live(partition.stem)] = stem.cpu().numpy()[_in_order(partition.stem)]
-    return mask_removed(
-        SaliencyVectors(heads.cpu().numpy(), ffn.cpu().numpy(), by_channel),
-        partition,
+            _scatter(scores.ffn[layer], partition.slots("ffn", layer, tp_rank), columns)
+    # The abs of a sum can be taken only when every addend is in it.
+    return scores.summed(partition, layers, sums, absolute=metric == "vectorize")
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitScores:
+    """One rank's addends of every unit's score, fp64, before the ranks are added up.
+
+    Attributes:
+        heads: ``[layers, source heads]``.
+        ffn: ``[layers, source channels]``.
+        stem: ``[physical slots]``.
+    """
+
+    heads: Tensor
+    ffn: Tensor
+    stem: Tensor
+
+    @classmethod
+    def zeros(cls, partition: Partition, device: torch.device) -> UnitScores:
+        """No addends yet."""
+        source = partition.source
+        return cls(
+            torch.zeros(source.num_layers, source.num_attention_heads, dtype=torch.float64, device=device),
+            torch.zeros(source.num_layers, source.ffn_hidden_size, dtype=torch.float64, device=device),
+            torch.zeros(len(partition.stem), dtype=torch.float64, device=device),
+        )
+
+    def summed(
+        self, partition: Partition, layers: Sequence[int], sums: Sums, absolute: bool = False
+    ) -> SaliencyVectors:
+        """The scores of all ranks together; a collective of all processes.
+
+        Args:
+            partition: the placement.
+            layers: of this stage.
+            sums: over the processes.
+            absolute: take the abs of every unit's sum.
+        """
+        alive = [(self.ffn[layer], live(partition.ffn[layer])) for layer in layers]
+        alive += [(self.heads[layer], live(partition.heads[layer])) for layer in layers]
+        device = self.stem.device
+        packed = torch.cat([vector[torch.from_numpy(units).to(device)] for vector, units in alive])
+        sums.over_stage(packed)
+        for (vector, units), values in zip(alive, packed.split([len(units) for _, units in alive]), strict=True):
+            vector[torch.from_numpy(units).to(device)] = values
+        sums.over_all(self.stem)
+        heads, ffn, stem = ((t.abs() if absolute else t).cpu().numpy() for t in (self.heads, self.ffn, self.stem))
+        by_channel = np.zeros(partition.source.hidden_size)
+        by_channel[live(partition.stem)] = stem[in_order(partition.stem)]
         # Every element is in some row, dead slots included: this one sum tells of all, and is equal on every rank.
-        finite=bool(torch.isfinite(stem).all()),
-    )
+        return mask_removed(SaliencyVectors(heads, ffn, by_channel), partition, finite=bool(np.isfinite(stem).all()))
 
 
 def random_vectors(partition: Partition, seed: int, step: int) -> SaliencyVectors:
@@ -175,7 +223,7 @@ def mask_removed(vectors: SaliencyVectors, partition: Partition, finite: bool = 
     )
 
 
-def _in_order(slots: IntArray) -> IntArray:
+def in_order(slots: IntArray) -> IntArray:
     """Positions of the live slots in the order of their units."""
     alive = np.nonzero(slots != DEAD)[0]
     return alive[np.argsort(slots[alive])]

@@ -98,7 +98,9 @@ class Metrics(_Callback):
         self._throughput.add(config.batch_tokens, record.trained_shape)
         self._eta.update(progress.step)
         if record.compacted:
-            self._reporter.event({"event": "compaction", "step": progress.step, **shape_of(trainer.architecture)})
+            grown = {"micro_batch_size": trainer.batches.micro_batch_size} if config.train.grow_micro_batch else {}
+            shape = shape_of(trainer.architecture)
+            self._reporter.event({"event": "compaction", "step": progress.step, **shape, **grown})
         if not record.result.applied:
             reason = "non-finite gradient, step skipped, nothing decided"
             self._reporter.event({"event": "skip", "step": progress.step, "reason": reason})
@@ -146,7 +148,8 @@ class Validation(_Callback):
 
     def at_start(self, trainer: Trainer) -> None:
         """Validate if that is due and the run directory has no line of it: a stop left it out."""
-        if trainer.progress.step and self._due(trainer) and not from_main(self._is_done(trainer), trainer.mesh):
+        begun = trainer.progress.step or trainer.progress.events  # few-shot pruning comes before the first step
+        if begun and self._due(trainer) and not from_main(self._is_done(trainer), trainer.mesh):
             self._validate(trainer)
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:

@@ -15,6 +15,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -23,7 +24,15 @@ from deepspeed.pipe import PipelineModule
 from torch import Tensor
 
 from megatron_prune.architecture import TensorSpec
-from megatron_prune.model.pipeline import NamedParameter, follow_partition, named_parameters
+from megatron_prune.model.masks import ModelMasks
+from megatron_prune.model.pipeline import (
+    NamedParameter,
+    follow_partition,
+    named_parameters,
+    set_masks,
+    stage_modules,
+)
+from megatron_prune.model.sites import InputSite, input_sites
 from megatron_prune.ops.optimizer import Adam
 from megatron_prune.parallel.collectives import sum_over_stage_, sum_to_main_
 from megatron_prune.parallel.mesh import Mesh
@@ -33,6 +42,7 @@ from megatron_prune.parallel.shared import SharedRows, follow_keepers_, shared_r
 from megatron_prune.parallel.states import MOMENTS, STATE_KINDS, SlicedStates, StateFragment, StateKind, StateSource
 from megatron_prune.pruning.saliency import Fragment, is_output_matrix
 from megatron_prune.pruning.surgery import dead_elements, zero_fragment_, zero_tensor_
+from megatron_prune.training.batches import Sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +81,9 @@ class PruningEngine:
         mesh: groups.
         precision: dtype of the model's own weights.
         sequence_parallel: as the pipeline was built.
+
+    Attributes:
+        observe: what to do around the passes of a step that calls ``before_step``.
     """
 
     def __init__(
@@ -90,9 +103,12 @@ class PruningEngine:
         self._mesh = mesh
         self._precision = precision
         self._sequence_parallel = sequence_parallel
+        self.observe: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self._before_step: Callable[[], None] | None = None
+        self._steps = True
         self._engine: Any = None
         self._has_moments = False
+        self._adam_steps = 0
         self._parameters: list[NamedParameter] = []
         self._shared: list[tuple[SharedRows, NamedParameter]] = []
 
@@ -114,11 +130,20 @@ class PruningEngine:
         self._find_shared_rows()
         self._engine = self._initialize()
         self._has_moments = False
+        self._adam_steps = adam_steps
         if adam_steps:
             self._make_moments(adam_steps)
         for kind in STATE_KINDS if adam_steps else STATE_KINDS[:1]:
             for entry in self._parameters:
                 self._fill(entry, kind, states)
+
+    def set_batch(self, micro_batch_size: int, micro_batches: int) -> None:
+        """Size of a forward pass and their number per step and copy, of the engines started from now on."""
+        self._config |= {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": micro_batches,
+            "train_batch_size": micro_batch_size * micro_batches * self._mesh.dp_size,
+        }
 
     def restart(self, partition: Partition, states: StateSource | SlicedStates, adam_steps: int) -> None:
         """As :meth:`start`, in place of the engine that runs."""
@@ -175,7 +200,8 @@ class PruningEngine:
             # After reduction and before clipping: the one place where ZeRO-1 gradients can be read.
             if self._before_step is not None:
                 self._before_step()
-            take_step(lr_kwargs)
+            if self._steps:
+                take_step(lr_kwargs)
 
         engine._take_model_step = step_with_hook
         for name in ("allreduce_gradients", "_bf16_reduce_grads"):  # before the sum over copies; one per optimizer
@@ -220,6 +246,25 @@ class PruningEngine:
         if self._mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # blocks of the old sizes would lie idle beside the new ones
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """This rank's stage."""
+        module: torch.nn.Module = self._pipeline
+        return module
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes per step and copy."""
+        return int(self._engine.gradient_accumulation_steps())
+
+    def input_sites(self) -> tuple[InputSite, ...]:
+        """Where this stage's matrices get their inputs, the same objects for the life of the run."""
+        return tuple(input_sites(stage_modules(self._pipeline, self.partition)))
+
+    def set_masks(self, masks: ModelMasks) -> None:
+        """Multiply by masks from now on; empty ones for a model as it is."""
+        set_masks(self._pipeline, self.partition, masks)
+
     def parameters(self) -> tuple[NamedParameter, ...]:
         """This rank's parameters, in model order."""
         return tuple(self._parameters)
@@ -246,8 +291,27 @@ class PruningEngine:
                 if self._has_moments:
                     yield entry, StateFragment(entry.spec, kind, start, mapping.get_hp_fragment(kind))
 
-    def output_fragments(self) -> Iterator[Fragment]:
-        """Weights and gradients of ``o_proj`` and ``down_proj`` this rank owns; only inside ``before_step``."""
+    def masters(self) -> Iterator[tuple[NamedParameter, StateFragment | None]]:
+        """Every parameter, a tied head's copy included, with this rank's piece of its master or None."""
+        for entry in self._parameters:
+            mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                yield entry, None
+            else:
+                values, start = mapping.get_hp_fragment().detach(), mapping.lp_fragment_address.start
+                yield entry, StateFragment(entry.spec, "master", start, values)
+
+    def output_matrices(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters ``o_proj`` and ``down_proj`` of this stage, by name; those of now."""
+        return {e.spec.name: e.parameter for e in self._parameters if is_output_matrix(e.spec)}
+
+    def output_fragments(self, second_moments: bool = False) -> Iterator[Fragment]:
+        """Weights and gradients of ``o_proj`` and ``down_proj`` this rank owns; only inside ``before_step``.
+
+        Args:
+            second_moments: take Adam's second moment, corrected for its zero start, for the diagonal of the Hessian:
+                that of the gradients so far, clipped, without this step's. NaN before the first step.
+        """
         for entry in self._parameters:
             parameter: Any = entry.parameter
             mapping = parameter._hp_mapping
@@ -258,7 +322,15 @@ class PruningEngine:
             if grad.numel() != address.numel:  # BF16_Optimizer hands out the whole gradient
                 grad = grad.narrow(0, address.start, address.numel)
             rows, columns = parameter.shape
-            yield Fragment(entry.spec, mapping.get_hp_fragment().detach(), grad, address.start, (rows, columns))
+            weight = mapping.get_hp_fragment().detach()
+            diagonal = self._second_moment(mapping) if second_moments else None
+            yield Fragment(entry.spec, weight, grad, address.start, (rows, columns), diagonal)
+
+    def _second_moment(self, mapping: Any) -> Tensor:
+        if not self._has_moments:
+            return torch.full_like(mapping.get_hp_fragment().detach(), torch.nan)
+        moment: Tensor = mapping.get_hp_fragment("exp_avg_sq")
+        return moment / (1 - self._adam.betas[1] ** self._adam_steps)
 
     def remove(self, after: Partition) -> None:
         """Zero every unit that ``after`` no longer holds, in weights, masters and moments."""
@@ -285,6 +357,15 @@ class PruningEngine:
                 start, values = mapping.lp_fragment_address.start, mapping.get_hp_fragment().detach()
                 deposit_(whole, values, spec, self.partition, self._mesh.tp_rank, start)
         sum_to_main_(whole, self._mesh)
+        return whole
+
+    def master_in_stage(self, spec: TensorSpec) -> Tensor:
+        """The logical fp32 master of one tensor of this stage; a collective of the stage."""
+        whole = torch.zeros(self.partition.logical_shape(spec), dtype=torch.float32, device=self._mesh.device)
+        for entry, master in self.masters():
+            if entry.spec.name == spec.name and master is not None:
+                deposit_(whole, master.values, spec, self.partition, self._mesh.tp_rank, master.start)
+        sum_over_stage_(whole, self._mesh)
         return whole
 
     def _make_moments(self, adam_steps: int) -> None:
@@ -315,29 +396,47 @@ class PruningEngine:
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    def train_step(
-        self, batches: Iterable[tuple[Tensor, Tensor]], lr: float, before_step: Callable[[], None] | None
-    ) -> StepResult:
+    def train_step(self, batches: Iterable[Sample], lr: float, before_step: Callable[[], None] | None) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
         Args:
-            batches: ``(tokens [B, S], next tokens [B, S])`` int64, one pair per micro-batch.
+            batches: ``(tokens [B, S], next tokens [B, S])`` int64, one pair per micro-batch, and what a teacher adds.
             lr: learning rate of the step.
             before_step: called once with reduced, unclipped gradients in place.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._before_step = before_step
-        loss = self._engine.train_batch(iter(batches))
+        with self.observe() if before_step is not None else contextlib.nullcontext():
+            loss = self._engine.train_batch(iter(batches))
         self._before_step = None
         applied = bool(self._engine.was_step_applied())
         if applied and not self._has_moments:
             self._link_moments()
-        self._follow_keepers()
+        self._adam_steps += applied
+        self.follow_keepers()
         return StepResult(float(loss), float(self._engine.get_global_grad_norm()), applied)
 
+    def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]], read: Callable[[], None]) -> float:
+        """Gradients of this rank's micro-batches without a step; a start of another engine must follow.
+
+        Args:
+            batches: as for :meth:`train_step`, as many as :meth:`set_batch` said when this engine was started.
+            read: called once with the reduced gradients in place.
+
+        Returns:
+            The mean loss.
+        """
+        self._before_step, self._steps = read, False
+        self._engine.global_steps = 1  # DeepSpeed would print a line about step 0
+        with self.observe():
+            loss = self._engine.train_batch(iter(batches))
+        self._before_step, self._steps = None, True
+        return float(loss)
+
     @torch.no_grad()
-    def _follow_keepers(self) -> None:
+    def follow_keepers(self) -> None:
+        """Give copied KV heads the weights of the ranks that train them; masters of the other ranks mean nothing."""
         copied = [(rows, entry.parameter.data) for rows, entry in self._shared if is_split(entry.spec)]
         if copied:
             follow_keepers_(copied, self._mesh)

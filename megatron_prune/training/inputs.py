@@ -68,6 +68,11 @@ def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inpu
         _check_same_source(found.checkpoint, config, source)
     needed = not config.run.finetune and has_weights(source_path)  # or they are those of a checkpoint
     weights = SourceWeights(source_path, source) if needed else None
+    if config.distill.distill_weight and weights is None:
+        raise UserError(
+            f"--distill-weight {config.distill.distill_weight} learns from --source {config.model.source}, which has "
+            "no weights; give a source that has them, or drop it"
+        )
     if config.run.directory is not None:
         _check_writable(Path(config.run.directory))
     if config.model.tokenizer is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ from megatron_prune.training.batches import Batches
 from megatron_prune.training.engine import PruningEngine, StepResult
 from megatron_prune.training.guard import WINDOW, jumped, remembered, spiked
 from megatron_prune.training.lr import learning_rate
-from megatron_prune.training.pruner import Pruner
 from megatron_prune.training.report import warn
 from megatron_prune.training.resume import resumed
 from megatron_prune.training.signals import StopRequest
@@ -48,6 +47,36 @@ class StepRecord:
     compacted: bool
     deferred: GroupType | None
     jumped: bool
+
+
+class Removals(Protocol):
+    """Decides what goes and takes it out, such as :class:`~megatron_prune.training.pruner.Pruner`."""
+
+    @property
+    def met(self) -> bool:
+        """True when the model is at or under the target."""
+
+    def met_by(self, arch: Architecture) -> bool:
+        """True for a model at or under the target."""
+
+    def pace_from(self, step: int, spent: int) -> None:
+        """Count what is due from a step on, when so many units had been spent."""
+
+    @property
+    def chosen(self) -> int:
+        """Groups chosen and not carried out."""
+
+    def due(self, step: int, spent: int) -> bool:
+        """True when optimizer step ``step`` (0-based) has to look at its gradients."""
+
+    def decide(self, step: int, spent: int, doubted: Callable[[Decision], bool]) -> GroupType | None:
+        """Choose from the gradients in place; returns the type of a choice that was doubted, which is none then."""
+
+    def commit(self) -> Iterator[Decision]:
+        """Remove what was chosen; yields after each removal."""
+
+    def discard(self) -> None:
+        """Forget what was chosen."""
 
 
 class Callback(Protocol):
@@ -82,6 +111,7 @@ class Trainer:
         ledger: record of removals.
         progress: where to start.
         callbacks: in order.
+        micro_batch_size: samples per forward pass under a placement (``--grow-micro-batch``), or None if it is fixed.
 
     Attributes:
         removals_left: groups that this step has chosen and not removed yet.
@@ -91,12 +121,13 @@ class Trainer:
         self,
         config: Config,
         engine: PruningEngine,
-        pruner: Pruner | None,
+        pruner: Removals | None,
         batches: Batches,
         mesh: Mesh,
         ledger: Ledger,
         progress: Progress,
         callbacks: Sequence[Callback],
+        micro_batch_size: Callable[[Partition], int] | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -106,6 +137,7 @@ class Trainer:
         self.progress = progress
         self._pruner = pruner
         self._callbacks = callbacks
+        self._micro_batch_size = micro_batch_size
         self._stop = StopRequest(None)
         self._stopped_by: str | None = None
         self._phases = Phases()
@@ -139,6 +171,10 @@ class Trainer:
             StopRequested: asked to stop; the callbacks have saved everything.
         """
         self._stop, self._phases = stop, phases or self._phases
+        samples = self.config.baseline.few_shot_samples
+        if samples is not None and self._pruner is not None and self.pruning:
+            with self._phase("few-shot pruning"):
+                self._prune_at_once(self._pruner, samples)
         for callback in self._callbacks:
             with self._phase(callback.phase):
                 callback.at_start(self)
@@ -212,10 +248,7 @@ class Trainer:
         compacted = False
         if pruner is not None and decide is not None:
             if result.applied:
-                self.removals_left = pruner.chosen
-                for decision in pruner.commit():
-                    self.removals_left -= 1
-                    self._record(decision)
+                self._remove(pruner)
                 compacted = self._compact_if_due()
             else:
                 pruner.discard()
@@ -223,7 +256,35 @@ class Trainer:
                 self._advance(continue_from=self.progress.step)
         return StepRecord(result, lr, shape, compacted, self._deferred, jumped)
 
-    def _decide(self, pruner: Pruner) -> None:
+    def _remove(self, pruner: Removals) -> None:
+        self.removals_left = pruner.chosen
+        for decision in pruner.commit():
+            self.removals_left -= 1
+            self._record(decision)
+
+    def _prune_at_once(self, pruner: Removals, samples: int) -> None:
+        """Few-shot pruning: the gradient of the next samples decides everything, and no step is taken.
+
+        The engine was started for this one batch; another takes its place.
+        """
+        progress = self.progress
+        batches = self.batches.calibration(progress.consumed_samples, samples)
+        self.engine.calibrate(batches, lambda: self._decide_all(pruner))
+        if not pruner.chosen:
+            raise MegatronPruneError(
+                f"the gradient of the {samples} samples of --few-shot-samples is not finite: look at the data, or give "
+                "another --seed"
+            )
+        self._advance(consumed_samples=progress.consumed_samples + samples)
+        self._remove(pruner)
+        quantum, partition = self.config.prune.prune_align, self.engine.partition
+        self._cut(partition.compacted(quantum) if quantum else partition)
+        self._advance(continue_from=progress.step)
+
+    def _decide_all(self, pruner: Removals) -> None:
+        pruner.decide(self.progress.step, self.progress.units_spent, lambda decision: False)
+
+    def _decide(self, pruner: Removals) -> None:
         with self._phases.inside("decision", self.progress.step + 1):
             self._deferred = pruner.decide(self.progress.step, self.progress.units_spent, self._doubts)
         if self._deferred is not None:
@@ -266,6 +327,7 @@ class Trainer:
         """
         pruner = self._pruner
         progress = resumed(self.config, saved, pruner is None or pruner.met_by(saved.partition.architecture()))
+        self._follow_size(partition)
         self.engine.restart(partition, states, progress.adam_steps)
         self._write_ledger(lambda: self.ledger.restore(self.ledger.events[: progress.events]))
         seen, rollbacks = self.progress.consumed_samples, self.progress.rollbacks
@@ -277,14 +339,14 @@ class Trainer:
         arch, group = self.architecture, decision.group
         self._advance(
             events=self.progress.events + 1,
-            units_spent=self.progress.units_spent + units(group.type, arch),
+            units_spent=self.progress.units_spent + units(group.type, arch, group.size),
         )
         event = Event(
             event=self.progress.events,
             step=self.progress.step,
             tokens=self.tokens,
             type=group.type,
-            removed=group.removed if isinstance(group.removed, int) else list(group.removed),
+            removed=group.listed(),
             scores={kind: score for kind, score in decision.scores.items()},
             shape=shape_of(arch),
             parameters=arch.num_parameters(),
@@ -313,8 +375,19 @@ class Trainer:
         if not quantum or not partition.compaction_due(quantum):
             return False
         with self._phase("compaction"):
-            self.engine.compact(partition.compacted(quantum), self.progress.adam_steps)
+            self._cut(partition.compacted(quantum))
         return True
+
+    def _cut(self, after: Partition) -> None:
+        self._follow_size(after)
+        self.engine.compact(after, self.progress.adam_steps)
+
+    def _follow_size(self, partition: Partition) -> None:
+        """Before an engine starts: as many samples at once as the placement has room for."""
+        train = self.config.train
+        micro = train.micro_batch_size if self._micro_batch_size is None else self._micro_batch_size(partition)
+        self.batches = dataclasses.replace(self.batches, micro_batch_size=micro)
+        self.engine.set_batch(micro, self.batches.per_copy)
 
     def mark_exported(self, name: str) -> None:
         """Remember that a budget's snapshot is written."""

@@ -11,14 +11,16 @@ import torch
 from megatron_prune.architecture import Architecture
 from megatron_prune.errors import MegatronPruneError
 from megatron_prune.ops.saliency import Saliency
-from megatron_prune.parallel.collectives import agreed, all_reduce_sum_, sum_over_stage_, sum_over_stages_
+from megatron_prune.parallel.collectives import agreed, sum_over_stages_
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.pruning.groups import GroupType, units
-from megatron_prune.pruning.metrics import Metric
+from megatron_prune.pruning.metrics import Diagonal, Metric
 from megatron_prune.pruning.planner import Budget, Decision, SaliencyNorm, choose, strike_out
-from megatron_prune.pruning.saliency import FloatArray, SaliencyVectors, Sums, accumulate, random_vectors
+from megatron_prune.pruning.replay import Replay
+from megatron_prune.pruning.saliency import FloatArray, SaliencyVectors
 from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.training.engine import PruningEngine
+from megatron_prune.training.observing import Measure, Observer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,9 @@ class PruneRules:
         norm: how types are compared.
         seed: of the ``random`` metric.
         kernels: the saliency sums.
+        diagonal: where the metrics that use it take the diagonal of the Hessian from.
+        second_order: update the weights that stay at every removal.
+        replay: the removals to repeat in place of choosing, or None.
     """
 
     budget: Budget
@@ -40,6 +45,9 @@ class PruneRules:
     norm: SaliencyNorm
     seed: int
     kernels: Saliency
+    diagonal: Diagonal = "fisher"
+    second_order: bool = False
+    replay: Replay | None = None
 
 
 class Pruner:
@@ -56,6 +64,9 @@ class Pruner:
         self._mesh = mesh
         self._rules = rules
         self._pending: list[Decision] = []
+        updates = tuple(rules.budget.axes) if rules.second_order else ()
+        measure = Measure(rules.metric, rules.diagonal, updates, rules.seed, rules.kernels)
+        self._observer = Observer(engine, mesh, measure)
 
     @property
     def met(self) -> bool:
@@ -95,20 +106,23 @@ class Pruner:
         vectors = self._measure(step)
         if not vectors.finite:
             return None
-        partition, budget = self._engine.partition, self._rules.budget
+        partition, budget, replay = self._engine.partition, self._rules.budget, self._rules.replay
         while self._rules.schedule.wants(step, spent) and not budget.met(partition.architecture()):
-            decision = choose(vectors, partition, budget, self._rules.norm, self._gather)
+            if replay is None:
+                decision = choose(vectors, partition, budget, self._rules.norm, self._gather)
+            else:
+                decision = replay.next(partition)
             if decision is None:
                 parameters = partition.architecture().num_parameters()
                 raise MegatronPruneError(
                     f"no group may be removed at {parameters:,} parameters and the target is not met; "
-                    "raise --target-params or lower --prune-align, the floor of ffn and stem"
+                    "raise the target or lower --prune-align, the floor of ffn and stem"
                 )
             agreed(json.dumps([decision.group.type, decision.group.removed]), self._mesh)
-            if not self._pending and doubted(decision):
+            if not self._pending and replay is None and doubted(decision):
                 return decision.group.type
             self._pending.append(decision)
-            spent += units(decision.group.type, partition.source)
+            spent += units(decision.group.type, partition.source, decision.group.size)
             partition, vectors = decision.partition, strike_out(vectors, decision.group)
         return None
 
@@ -116,30 +130,18 @@ class Pruner:
         """Remove what was chosen, the step having been applied; yields after each removal."""
         decisions, self._pending = self._pending, []
         for decision in decisions:
+            self._observer.compensate(decision.group)
             self._engine.remove(decision.partition)
             yield decision
+        self._observer.clear()
 
     def discard(self) -> None:
         """Forget what was chosen: the step was skipped and decides nothing."""
         self._pending = []
+        self._observer.clear()
 
     def _measure(self, step: int) -> SaliencyVectors:
-        partition = self._engine.partition
-        if self._rules.metric == "random":
-            return random_vectors(partition, self._rules.seed, step)
-        return accumulate(
-            self._engine.output_fragments(),
-            partition,
-            self._rules.metric,
-            self._rules.kernels,
-            self._engine.layers,
-            Sums(
-                over_stage=lambda vector: sum_over_stage_(vector, self._mesh),
-                over_all=lambda vector: all_reduce_sum_(vector, self._mesh),
-            ),
-            self._mesh.device,
-            self._mesh.tp_rank,
-        )
+        return self._observer.vectors(step)
 
     def _gather(self, minima: FloatArray) -> FloatArray:
         """Each layer's minima from the stage that has the layer: 32 bytes a layer, the vectors stay where they are."""

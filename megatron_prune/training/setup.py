@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,11 +22,11 @@ from megatron_prune.config import (
     Config,
     deepspeed_config,
     dump_yaml,
-    floor_shape,
     parse_count,
     parse_ratio,
     parse_shape,
 )
+from megatron_prune.errors import UserError
 from megatron_prune.model.pipeline import build_pipeline
 from megatron_prune.model.transformer import initial_tensor
 from megatron_prune.ops.saliency import Saliency
@@ -33,23 +34,36 @@ from megatron_prune.parallel.collectives import agreed
 from megatron_prune.parallel.mesh import Mesh, make_mesh
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.parallel.states import SlicedStates, StateKind, StateSource
-from megatron_prune.pruning.groups import GROUP_TYPES, GroupType
+from megatron_prune.pruning.groups import GROUP_TYPES, GroupType, units
 from megatron_prune.pruning.ledger import Ledger
+from megatron_prune.pruning.masks import MaskLearner
+from megatron_prune.pruning.metrics import Metric
 from megatron_prune.pruning.planner import Budget
+from megatron_prune.pruning.replay import Replay
 from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.training.batches import Batches
 from megatron_prune.training.callbacks import Checkpoints, Exports, Metrics, Validation, report_damaged
+from megatron_prune.training.distill import Teacher
 from megatron_prune.training.engine import AdamSettings, PruningEngine, prepare_deepspeed
 from megatron_prune.training.inputs import Inputs, is_own, placement, verified
-from megatron_prune.training.loop import Callback, Trainer
+from megatron_prune.training.latency import latency_table
+from megatron_prune.training.loop import Callback, Removals, Trainer
 from megatron_prune.training.pruner import Pruner, PruneRules
 from megatron_prune.training.report import Reporter
 from megatron_prune.training.resume import put_aside, resumed
 from megatron_prune.training.run_dir import replace_text, writing
+from megatron_prune.training.sheared import Shears
 from megatron_prune.training.speed import Throughput, peak_flops
+from megatron_prune.training.targets import make_budget, make_replay
 
 
-def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter: Reporter) -> Trainer:
+def build_trainer(
+    config: Config,
+    inputs: Inputs,
+    device: torch.device,
+    reporter: Reporter,
+    micro_batch_size: Callable[[Partition], int] | None = None,
+) -> Trainer:
     """Build the model, its engine, the data order and the callbacks. Needs a process group.
 
     Args:
@@ -57,6 +71,7 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
         inputs: what was read.
         device: of this process.
         reporter: where lines go.
+        micro_batch_size: samples per forward pass under a placement, or None where it is fixed.
     """
     prepare_deepspeed()
     world_size = torch.distributed.get_world_size()
@@ -65,7 +80,10 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     inputs = verified(config, inputs, mesh)
     checkpoint = inputs.checkpoint
     partition = _partition(config, inputs)
-    budget = _budget(config, inputs.source)
+    replay = make_replay(config, inputs.source)
+    saved = None if checkpoint is None else checkpoint.path.parent.parent
+    budget = make_budget(config, inputs.source, replay, lambda: latency_table(config, inputs.source, mesh, saved))
+    _check_removed(budget, replay, partition)
     met = budget is None or budget.met(partition.architecture())
     progress = resumed(config, checkpoint.manifest, met) if checkpoint else Progress()
     # Ranks that read different directories (a --save that is not shared) would build different models.
@@ -73,6 +91,8 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
     if checkpoint is not None and is_own(checkpoint, config):
         put_aside(inputs.damaged, mesh)
     sequence_parallel = parallel.sequence_parallel and mesh.tp_size > 1
+    precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    teacher = _teacher(config, inputs, mesh, precision)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layer table
         pipeline = build_pipeline(
             partition,
@@ -81,6 +101,7 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
             sequence_parallel=sequence_parallel,
             recompute=config.train.recompute,
             compile_layers=config.train.compile,
+            guide=None if teacher is None else teacher.guide(config.distill),
         )
     optim = config.optim
     engine = PruningEngine(
@@ -89,9 +110,17 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
         deepspeed_config(config, world_size),
         AdamSettings(inputs.ops.adam, (optim.adam_beta1, optim.adam_beta2), optim.adam_eps, optim.weight_decay),
         mesh,
-        torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        precision,
         sequence_parallel,
     )
+    train = config.train
+    batches = Batches(inputs.train, inputs.valid, train.micro_batch_size, train.global_batch_size, mesh, teacher)
+    samples = config.baseline.few_shot_samples
+    if samples is not None and progress.continue_from is None:  # the engine's first batch is the calibration
+        engine.set_batch(batches.micro_batch_size, samples // (batches.micro_batch_size * mesh.dp_size))
+    elif micro_batch_size is not None:
+        batches = dataclasses.replace(batches, micro_batch_size=micro_batch_size(partition))
+        engine.set_batch(batches.micro_batch_size, batches.per_copy)
     engine.start(partition, _states(config, inputs), progress.adam_steps)
     run_dir = None if config.run.directory is None else Path(config.run.directory)
     ledger = Ledger(run_dir / LEDGER_FILE if run_dir is not None and mesh.is_main else None)
@@ -101,15 +130,21 @@ def build_trainer(config: Config, inputs: Inputs, device: torch.device, reporter
         ledger.restore(checkpoint.events if checkpoint else [])
         reporter.truncate_after(progress.step)
     report_damaged(reporter, inputs.damaged, progress.step)
+    pruner: Removals | None = None
+    if config.baseline.sheared_iters is not None:
+        pruner = _shears(config, engine, mesh, progress) if progress.continue_from is None else None
+    elif budget is not None:
+        pruner = _pruner(config, budget, replay, progress, engine, inputs.ops.saliency, mesh)
     return Trainer(
         config,
         engine,
-        None if budget is None else _pruner(config, budget, progress, engine, inputs.ops.saliency, mesh),
-        Batches(inputs.train, inputs.valid, config.train.micro_batch_size, config.train.global_batch_size, mesh),
+        pruner,
+        batches,
         mesh,
         ledger,
         progress,
         _callbacks(config, inputs, mesh, reporter, run_dir),
+        micro_batch_size,
     )
 
 
@@ -119,33 +154,71 @@ def _partition(config: Config, inputs: Inputs) -> Partition:
     return placement(inputs.checkpoint.manifest.partition, config)
 
 
-def _budget(config: Config, source: Architecture) -> Budget | None:
-    prune = config.prune
-    if not prune.active:
-        return None
-    hidden, ffn, heads = floor_shape(prune, source)
-    shape: dict[GroupType, int] | None = None
-    if prune.target_shape is not None:
-        goal = parse_shape(prune.target_shape).resolve(source)
-        shape = {"stem": goal[0], "ffn": goal[1], "attention": goal[2]}
-    return Budget(
-        target_params=None if prune.target_params is None else parse_count(prune.target_params),
-        target_shape=shape,
-        floors={"attention": heads, "ffn": ffn, "stem": hidden},
-        axes=[kind for kind in GROUP_TYPES if kind in prune.prune_axes],
-    )
+
+
+def _check_removed(budget: Budget | None, replay: Replay | None, partition: Partition) -> None:
+    """Refuse to go on with a checkpoint that pruning could not have led to."""
+    arch = partition.architecture()
+    if budget is None or budget.met(arch):
+        return
+    if replay is not None:
+        replay.check(partition)
+    elif budget.gqa_mode == "balanced" and not arch.uniform_kv:
+        raise UserError(
+            "--gqa-mode balanced: the checkpoint has K/V heads with different numbers of query heads; go on with "
+            "--gqa-mode cluster"
+        )
 
 
 def _pruner(
-    config: Config, budget: Budget, progress: Progress, engine: PruningEngine, kernels: Saliency, mesh: Mesh
+    config: Config,
+    budget: Budget,
+    replay: Replay | None,
+    progress: Progress,
+    engine: PruningEngine,
+    kernels: Saliency,
+    mesh: Mesh,
 ) -> Pruner:
     prune = config.prune
     pruning, gradient = parse_ratio(prune.prune_ratio)
     start = max(config.prune_start_iter, progress.pace_from)
     schedule = Schedule(pruning, gradient, start, progress.pace_spent)
-    assert prune.prune_metric != "param_first", "the schema turns the alias into taylor"
-    rules = PruneRules(budget, schedule, prune.prune_metric, prune.saliency_norm, config.train.seed, kernels)
+    if config.baseline.few_shot_samples is not None:
+        schedule = Schedule(_all_units(engine.partition.source), 1, 0)
+    rules = PruneRules(
+        budget,
+        schedule,
+        cast(Metric, prune.prune_metric),  # the schema turns other names into these
+        prune.prune_cost or prune.saliency_norm,
+        config.train.seed,
+        kernels,
+        prune.prune_hessian,
+        prune.second_order,
+        replay,
+    )
     return Pruner(engine, mesh, rules)
+
+
+def _shears(config: Config, engine: PruningEngine, mesh: Mesh, progress: Progress) -> Shears:
+    if progress.step:
+        raise UserError(
+            f"the checkpoint of step {progress.step} was written while masks were learned and does not hold them; "
+            "start anew with another --save"
+        )
+    baseline, source = config.baseline, engine.partition.source
+    assert baseline.sheared_iters is not None
+    assert config.prune.target_shape is not None, "validate_config checks it"
+    hidden, ffn, heads = parse_shape(config.prune.target_shape).resolve(source)
+    target: dict[GroupType, int] = {"stem": hidden, "ffn": ffn, "attention": heads}
+    steps, seed = baseline.sheared_iters, config.train.seed
+    learner = MaskLearner(source, target, baseline.sheared_lr, steps, seed, mesh.device)
+    return Shears(engine, mesh, learner, steps)
+
+
+def _all_units(source: Architecture) -> int:
+    """More units than a run can spend: pruning to the target in one go."""
+    widths = {"attention": source.num_attention_heads, "ffn": source.ffn_hidden_size, "stem": source.hidden_size}
+    return sum(widths[kind] * units(kind, source) for kind in GROUP_TYPES)
 
 
 def _callbacks(config: Config, inputs: Inputs, mesh: Mesh, reporter: Reporter, run_dir: Path | None) -> list[Callback]:
@@ -177,6 +250,15 @@ def _states(config: Config, inputs: Inputs) -> StateSource | SlicedStates:
         return weights.tensor(spec.name).float()
 
     return from_source
+
+
+def _teacher(config: Config, inputs: Inputs, mesh: Mesh, precision: torch.dtype) -> Teacher | None:
+    """The source as its own weights say, whatever the run is at."""
+    if not config.distill.distill_weight:
+        return None
+    weights = inputs.weights
+    assert weights is not None, "read_inputs checks it"
+    return Teacher(inputs.source, lambda spec: weights.tensor(spec.name).float(), inputs.ops, mesh, precision)
 
 
 def _source_config(inputs: Inputs) -> Mapping[str, Any]:

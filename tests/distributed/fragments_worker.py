@@ -22,6 +22,7 @@ from megatron_prune.parallel.states import STATE_KINDS
 from megatron_prune.pruning.saliency import is_output_matrix
 from megatron_prune.training.inputs import read_inputs, read_source
 from megatron_prune.training.loop import Trainer
+from megatron_prune.training.pruner import Pruner
 from megatron_prune.training.report import Reporter
 from megatron_prune.training.setup import build_trainer
 
@@ -127,7 +128,7 @@ def compare_saliency(trainer: Trainer) -> None:
     for vector in (heads, ffn, stem):
         dist.all_reduce(torch.from_numpy(vector))
     pruner = trainer._pruner
-    assert pruner is not None
+    assert isinstance(pruner, Pruner)
     mine, layers = pruner._measure(0), list(trainer.engine.layers)
     assert stem.min() > 0
     np.testing.assert_allclose(mine.heads[layers], heads[layers], rtol=1e-5)

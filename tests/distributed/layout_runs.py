@@ -167,7 +167,7 @@ class Runs:
         return path
 
     def flags(self, source: Source, layout: Layout, save: Path, **changes: Any) -> list[str]:
-        """Flags of a run; ``changes`` by flag name."""
+        """Flags of a run; ``changes`` by flag name: None drops one, True is a switch."""
         values: dict[str, Any] = {
             "source": self.source(source),
             "data_path": self.data(),
@@ -194,7 +194,10 @@ class Runs:
             "pipeline_model_parallel_size": layout.pipeline,
         }
         values.update(changes)
-        words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        words = []
+        for name, value in values.items():
+            if value is not None:
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
         return words + ["--sequence-parallel"] * layout.sequence_parallel
 
     def get(self, source: Source, layout: Layout, **changes: Any) -> Path:
@@ -249,21 +252,22 @@ def assert_same_decisions(run: Path, baseline: Path) -> None:
     assert len(ours) == len(theirs)
 
 
-def assert_same_curves(run: Path, baseline: Path) -> None:
-    """Losses, validation losses and gradient norms agree at every step."""
+def assert_same_curves(run: Path, baseline: Path, slack: float = 1) -> None:
+    """Losses, validation losses and gradient norms agree at every step, to ``slack`` times the usual."""
     ours, theirs = lines(run / "metrics.jsonl"), lines(baseline / "metrics.jsonl")
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for key, rel, absolute in (("loss", 0, LOSS_ABS), ("val_loss", 0, LOSS_ABS), ("grad_norm", GRAD_NORM_REL, 0)):
             assert (key in mine) == (key in other)
             if key in mine:
-                assert mine[key] == pytest.approx(other[key], rel=rel, abs=absolute), f"{key} of step {mine['step']}"
+                expected = pytest.approx(other[key], rel=slack * rel, abs=slack * absolute)
+                assert mine[key] == expected, f"{key} of step {mine['step']}"
 
 
-def assert_same_weights(run: Path, baseline: Path) -> None:
-    """Every exported tensor agrees to 1e-4."""
+def assert_same_weights(run: Path, baseline: Path, slack: float = 1) -> None:
+    """Every exported tensor agrees to ``slack`` times 1e-4."""
     ours, theirs = exported_weights(run), exported_weights(baseline)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape, name
-        assert (tensor - theirs[name]).abs().max() <= WEIGHTS_ABS, name
+        assert (tensor - theirs[name]).abs().max() <= slack * WEIGHTS_ABS, name

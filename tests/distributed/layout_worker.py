@@ -18,6 +18,7 @@ from megatron_prune import pretrain
 from megatron_prune.training import setup
 from megatron_prune.training.engine import StepResult
 from megatron_prune.training.loop import Trainer
+from megatron_prune.training.pruner import Pruner
 
 
 class Witness:
@@ -35,8 +36,9 @@ class Witness:
 
         def first_step(batches: Iterable[Any], lr: float, before_step: Callable[[], None] | None) -> StepResult:
             def measure() -> None:
-                vectors = pruner._measure(0)
-                self.seen |= {"heads": vectors.heads, "ffn": vectors.ffn, "stem": vectors.stem}
+                if isinstance(pruner, Pruner):
+                    vectors = pruner._measure(0)
+                    self.seen |= {"heads": vectors.heads, "ffn": vectors.ffn, "stem": vectors.stem}
                 if before_step is not None:
                     before_step()
 

@@ -163,7 +163,7 @@ def watch(trainer: Trainer, report: Report, traffic: Traffic) -> Trainer:
         report.decisions.append(
             {
                 "calls": traffic.calls,
-                "groups": len(pruner._pending),
+                "groups": pruner.chosen,
                 "layers": len(engine.layers),
                 "all_layers": arch.num_layers,
                 "heads": arch.num_attention_heads,

@@ -74,7 +74,7 @@ def hold_states() -> HoldStates:
         for number, group in enumerate(groups, 1):
             partition = remove(partition, group)
             arch = partition.architecture()
-            removed = group.removed if isinstance(group.removed, int) else list(group.removed)
+            removed = group.listed()
             scores: dict[str, float] = {group.type: 0.5 / number}
             shape, count = shape_of(arch), arch.num_parameters()
             events.append(Event(number, number, 100 * number, group.type, removed, scores, shape, count))

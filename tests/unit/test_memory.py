@@ -141,6 +141,21 @@ def test_reduction_of_bf16_gradients() -> None:
     assert memory.reduction == 0
 
 
+def test_statistics_and_solving_by_hand() -> None:
+    """Of the stage's layers (3 and 2) on the fullest of two ranks: 2 heads of 2, 4 FFN channels, 6 of the stem."""
+    pruning = {"target_params": "1K", "second_order": True}
+    first, last = stage_memory(_tiny(), _layout(2, 2, **pruning, prune_metric="obc"), 4)
+    rows = (4 * 8 + 4 * 8) * 4  # a rank's rows of the products of 8 padded columns
+    stem = 6 * 6 * 4
+    assert [first.statistics, last.statistics] == [3 * (rows + 2 * stem), 2 * (rows + 2 * stem) + stem]
+    assert first.solving == last.solving == (4 + 4 * 8) * 8**2 + (4 + 2 * 8) * 6 * 8
+    assert first.total(recompute=True) == (
+        first.weights + first.gradients + first.masters + first.moments + first.statistics
+    ) + max(first.activations_recomputed, first.reduction, first.solving)
+    tied = stage_memory(_tiny(tied=1), _layout(2, 2, **pruning), 4)[1]
+    assert tied.statistics == 2 * (rows + 2 * stem), "a tied head is not updated"
+
+
 @pytest.mark.parametrize(("precision", "element_bytes"), [("bf16", 2 + 4), ("fp32", 4)])
 def test_the_embeddings_gradient_comes_whole(precision: str, element_bytes: int) -> None:
     """In bf16 with its copy in fp32 for the sum; then the gradient of the hidden state and four in buffers."""
@@ -178,3 +193,24 @@ def test_copies_and_micro_batches() -> None:
         stage_memory(_tiny(), _layout(tensor=0), 8)
     with pytest.raises(UserError, match="is above the 5 layers"):
         stage_memory(_tiny(), _layout(pipeline=6), 6)
+
+
+@pytest.mark.parametrize("tied", [0, 1])
+def test_a_teacher_is_a_second_model_without_states(tied: int) -> None:
+    arch = _tiny(tied)
+    plain, taught = (stage_memory(arch, _config(distill_weight=share), 1)[0] for share in (0.0, 0.5))
+    hidden = TOKENS * arch.hidden_size
+    assert plain.teacher == 0
+    assert taught.teacher == plain.weights + 2 * hidden
+    assert taught.total(recompute=True) == plain.total(recompute=True) + taught.teacher
+    assert taught.peak(recompute=True, compacts=True) == plain.peak(recompute=True, compacts=True) + taught.teacher
+
+
+def test_a_teacher_is_split_as_the_model_is_and_keeps_its_size() -> None:
+    arch = _tiny()
+    config = _layout(2, 2, distill_weight=0.5)
+    stages = stage_memory(arch, config, 4)
+    kept = 2 * TOKENS * arch.hidden_size * num_micro_batches(config, 1)
+    assert [memory.teacher for memory in stages] == [stages[0].weights, stages[1].weights + kept]
+    smaller = stage_memory(shape_between(arch, 3, 4, 2), config, 4, arch)
+    assert [memory.teacher for memory in smaller] == [memory.teacher for memory in stages]

@@ -18,10 +18,8 @@ from megatron_prune.plan import (
     make_plan,
     plan_dict,
     pruning_steps,
-    shape_at_budget,
-    units_between,
-    units_range,
 )
+from megatron_prune.stops import shape_at_budget, units_between, units_range
 
 SMOLLM_1700M = "hidden=2048,ffn=8192,heads=32,kv_heads=32,head_dim=64,layers=24,vocab=49152,tied=1"
 SMOLLM_360M = "hidden=960,ffn=2560,heads=15,kv_heads=5,head_dim=64,layers=32,vocab=49152,tied=1"

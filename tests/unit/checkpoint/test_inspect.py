@@ -90,6 +90,7 @@ def test_a_target_shape_is_counted(tmp_path: Path, hold_states: HoldStates) -> N
     found = describe(reshard(saved, tmp_path, Layout(), 1))
     assert found.target is not None
     assert found.target.shape == (24, 44, 3)
+    assert found.target.parameters is not None
     assert found.target.parameters < found.now.num_parameters()
 
 

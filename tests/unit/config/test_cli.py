@@ -12,9 +12,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from megatron_prune.config import Config, PruneConfig, dump_yaml, load_config
-from megatron_prune.config.schema import split_commas
+from megatron_prune.config.schema import METRIC_ALIASES, PruneMetric, split_commas
 from megatron_prune.config.yaml_file import Setting, read_yaml, settings, with_values
 from megatron_prune.errors import ConfigError, UserError
+from megatron_prune.pruning.metrics import Metric
 
 
 def _write(directory: Path, text: str) -> str:
@@ -72,15 +73,26 @@ def test_yaml_types_come_from_the_schema(tmp_path: Path) -> None:
     assert config.train.train_iters == 1000
 
 
-def test_llm_pruner_name_of_the_metric() -> None:
-    assert load_config(["--prune-metric", "param_first"]).prune.prune_metric == "taylor"
+def test_other_names_of_the_metrics() -> None:
+    others = {
+        "param_first": "taylor",
+        "param_second": "diag-hessian",
+        "param_mix": "taylor-mixed",
+        "diag-hess": "diag-hessian",
+        "vectorize": "vectorize",
+    }
+    for name, metric in others.items():
+        assert load_config(["--prune-metric", name]).prune.prune_metric == metric
     assert PruneConfig(prune_metric="param_first") == PruneConfig(prune_metric="taylor")
+    names = {METRIC_ALIASES.get(name, name) for name in typing.get_args(PruneMetric)}
+    assert names == set(typing.get_args(Metric)), "what the settings call a metric, the method knows"
 
 
 def test_a_target_flag_replaces_the_other_kind_of_target_of_the_file(tmp_path: Path) -> None:
     path = _write(tmp_path, "target_params: 457M\n")
     prune = load_config(["--config", path, "--target-shape", "hidden=8"]).prune
     assert (prune.target_params, prune.target_shape) == (None, "hidden=8")
+    assert load_config(["--config", path, "--target-latency-ms", "8"]).prune.targets == {"--target-latency-ms": "8.0"}
     both = load_config(["--target-params", "1M", "--target-shape", "hidden=8"]).prune
     assert (both.target_params, both.target_shape) == ("1M", "hidden=8")  # for validate_config to complain about
 

@@ -22,14 +22,14 @@ TABLE_10 = [
 
 
 def _examples(root: Path) -> list[Path]:
-    return sorted((root / "examples").glob("*.yaml"))
+    return sorted([*(root / "examples").glob("*.yaml"), *(root / "examples" / "baselines").glob("*.yaml")])
 
 
 def test_all_are_valid(repo_root: Path) -> None:
     paths = _examples(repo_root)
-    assert {"smollm_1.7b_to_457m", "smollm_360m_to_134m", "llama2_7b", "qwen2.5_7b", "continue"} <= {
-        path.stem for path in paths
-    }
+    stems = {path.stem for path in paths}
+    assert {"smollm_1.7b_to_457m", "smollm_360m_to_134m", "llama2_7b", "qwen2.5_7b", "continue"} <= stems
+    assert {"few_shot", "sheared", "direct"} <= stems
     for path in paths:
         config = load_config(["--config", str(path), "--save", "runs/x"])
         validate_config(config, world_size=32)

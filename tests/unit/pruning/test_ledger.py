@@ -15,7 +15,7 @@ from megatron_prune.pruning.ledger import Event, Ledger, parse_ledger, replay
 ARCH = Architecture("llama", 2, 6, 10, 4, uniform_kv_groups(2, 4, 2), 4, 9)
 
 
-def event(number: int, kind: str, removed: list[int] | int) -> Event:
+def event(number: int, kind: str, removed: list[int | list[int]] | int) -> Event:
     return Event(number, number, 10 * number, kind, removed, {"ffn": 0.1}, {"hidden_size": 6}, 100 - number)
 
 
