@@ -44,6 +44,7 @@ from timing import (
 from vs_transformers import LEARNING_RATE, SHAPES, Batch, clock, make_trainer, measure_work, write_tokens
 
 from megatron_prune.pruning.groups import units
+from megatron_prune.training import observing
 from megatron_prune.training import pruner as pruner_module
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo" / "source"
@@ -107,7 +108,10 @@ class Parts:
             with self.part("compaction"):
                 compact(*args)
 
-        communicating = ("agreed", "all_reduce_sum_", "sum_over_stage_")
+        communicating = [
+            *((pruner_module, name) for name in ("agreed", "sum_over_stages_")),
+            *((observing, name) for name in ("all_reduce_sum_", "sum_over_copies_", "sum_over_stage_")),
+        ]
         with (
             contextlib.ExitStack() as collectives,
             mock.patch.object(pruner, "decide", self.timed("choice", pruner.decide)),
@@ -115,9 +119,9 @@ class Parts:
             mock.patch.object(engine, "remove", counted_remove),
             mock.patch.object(engine, "compact", counted_compact),
         ):
-            for name in communicating:
-                timed = self.timed("communication", getattr(pruner_module, name))
-                collectives.enter_context(mock.patch.object(pruner_module, name, timed))
+            for module, name in communicating:
+                timed = self.timed("communication", getattr(module, name))
+                collectives.enter_context(mock.patch.object(module, name, timed))
             yield
 
 

@@ -123,8 +123,12 @@ def _parse(line: str, number: int) -> Event:
     for name, is_right in _CHECKS.items():
         if not is_right(data[name]):
             raise ValueError(f"line {number} has an impossible {name}")
-    if isinstance(data["removed"], int) is not (data["type"] == "stem"):
-        raise ValueError(f"line {number} removes no {data['type']}: a stem has one index, all else one per layer")
+    removed, kind = data["removed"], data["type"]
+    sets = not isinstance(removed, int) and any(isinstance(layer, list) for layer in removed)
+    if isinstance(removed, int) is not (kind == "stem") or (sets and kind != "attention"):
+        raise ValueError(
+            f"line {number} removes no {kind}: a stem has one index, all else one per layer, or for attention several"
+        )
     return Event(**data)
 
 

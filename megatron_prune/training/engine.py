@@ -33,7 +33,6 @@ from megatron_prune.model.pipeline import (
     stage_modules,
 )
 from megatron_prune.model.sites import InputSite, input_sites
-from megatron_prune.ops.optimizer import Adam
 from megatron_prune.parallel.collectives import sum_over_stage_, sum_to_main_
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.parallel.partition import Partition, is_split
@@ -43,16 +42,15 @@ from megatron_prune.parallel.states import MOMENTS, STATE_KINDS, SlicedStates, S
 from megatron_prune.pruning.saliency import Fragment, is_output_matrix
 from megatron_prune.pruning.surgery import dead_elements, zero_fragment_, zero_tensor_
 from megatron_prune.training.batches import Sample
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamSettings:
-    """What the optimizer is built from (the learning rate is set before every step)."""
-
-    make: Adam
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+from megatron_prune.training.optimizer_memory import (
+    AdamSettings,
+    held_states,
+    link_moments,
+    make_moments,
+    make_optimizer,
+    master_fragment,
+    output_fragments,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +130,8 @@ class PruningEngine:
         self._has_moments = False
         self._adam_steps = adam_steps
         if adam_steps:
-            self._make_moments(adam_steps)
+            make_moments(self._engine.optimizer, adam_steps)
+            self._has_moments = True
         for kind in STATE_KINDS if adam_steps else STATE_KINDS[:1]:
             for entry in self._parameters:
                 self._fill(entry, kind, states)
@@ -185,13 +184,7 @@ class PruningEngine:
         self.start(partition, states, adam_steps)
 
     def _initialize(self) -> Any:
-        decayed = [e.parameter for e in self._parameters if e.parameter.dim() > 1]
-        plain = [e.parameter for e in self._parameters if e.parameter.dim() <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": self._adam.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        optimizer = self._adam.make(groups, 0.0, self._adam.betas, self._adam.eps, self._adam.weight_decay)
+        optimizer = make_optimizer(self._parameters, self._adam)
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory at every compaction
             engine, *_ = deepspeed.initialize(model=self._pipeline, optimizer=optimizer, config=self._config)
         take_step = engine._take_model_step
@@ -281,25 +274,11 @@ class PruningEngine:
         return (fragment for entry, fragment in self._fragments() if not entry.is_stage_copy)
 
     def _fragments(self) -> Iterator[tuple[NamedParameter, StateFragment]]:
-        for entry in self._parameters:
-            mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:  # this rank owns no part of it
-                continue
-            start = mapping.lp_fragment_address.start
-            yield entry, StateFragment(entry.spec, "master", start, mapping.get_hp_fragment().detach())
-            for kind in MOMENTS:
-                if self._has_moments:
-                    yield entry, StateFragment(entry.spec, kind, start, mapping.get_hp_fragment(kind))
+        return held_states(self._parameters, MOMENTS if self._has_moments else ())
 
     def masters(self) -> Iterator[tuple[NamedParameter, StateFragment | None]]:
         """Every parameter, a tied head's copy included, with this rank's piece of its master or None."""
-        for entry in self._parameters:
-            mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:
-                yield entry, None
-            else:
-                values, start = mapping.get_hp_fragment().detach(), mapping.lp_fragment_address.start
-                yield entry, StateFragment(entry.spec, "master", start, values)
+        return ((entry, master_fragment(entry)) for entry in self._parameters)
 
     def output_matrices(self) -> dict[str, torch.nn.Parameter]:
         """The parameters ``o_proj`` and ``down_proj`` of this stage, by name; those of now."""
@@ -312,25 +291,8 @@ class PruningEngine:
             second_moments: take Adam's second moment, corrected for its zero start, for the diagonal of the Hessian:
                 that of the gradients so far, clipped, without this step's. NaN before the first step.
         """
-        for entry in self._parameters:
-            parameter: Any = entry.parameter
-            mapping = parameter._hp_mapping
-            if mapping is None or not is_output_matrix(entry.spec):
-                continue
-            address = mapping.lp_fragment_address
-            grad = mapping.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
-            if grad.numel() != address.numel:  # BF16_Optimizer hands out the whole gradient
-                grad = grad.narrow(0, address.start, address.numel)
-            rows, columns = parameter.shape
-            weight = mapping.get_hp_fragment().detach()
-            diagonal = self._second_moment(mapping) if second_moments else None
-            yield Fragment(entry.spec, weight, grad, address.start, (rows, columns), diagonal)
-
-    def _second_moment(self, mapping: Any) -> Tensor:
-        if not self._has_moments:
-            return torch.full_like(mapping.get_hp_fragment().detach(), torch.nan)
-        moment: Tensor = mapping.get_hp_fragment("exp_avg_sq")
-        return moment / (1 - self._adam.betas[1] ** self._adam_steps)
+        correction = 1 - self._adam.betas[1] ** self._adam_steps if self._has_moments else math.nan
+        return output_fragments(self._parameters, correction if second_moments else None)
 
     def remove(self, after: Partition) -> None:
         """Zero every unit that ``after`` no longer holds, in weights, masters and moments."""
@@ -350,39 +312,22 @@ class PruningEngine:
 
     def master_on_main(self, spec: TensorSpec) -> Tensor:
         """The logical fp32 master of one tensor, true on the main process; a collective of all processes."""
-        whole = torch.zeros(self.partition.logical_shape(spec), dtype=torch.float32, device=self._mesh.device)
-        for entry in self._parameters:
-            mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
-            if entry.spec.name == spec.name and mapping is not None and not entry.is_stage_copy:
-                start, values = mapping.lp_fragment_address.start, mapping.get_hp_fragment().detach()
-                deposit_(whole, values, spec, self.partition, self._mesh.tp_rank, start)
+        whole = self._own_master(spec, [entry for entry in self._parameters if not entry.is_stage_copy])
         sum_to_main_(whole, self._mesh)
         return whole
 
     def master_in_stage(self, spec: TensorSpec) -> Tensor:
         """The logical fp32 master of one tensor of this stage; a collective of the stage."""
-        whole = torch.zeros(self.partition.logical_shape(spec), dtype=torch.float32, device=self._mesh.device)
-        for entry, master in self.masters():
-            if entry.spec.name == spec.name and master is not None:
-                deposit_(whole, master.values, spec, self.partition, self._mesh.tp_rank, master.start)
+        whole = self._own_master(spec, self._parameters)
         sum_over_stage_(whole, self._mesh)
         return whole
 
-    def _make_moments(self, adam_steps: int) -> None:
-        inner = self._engine.optimizer.optimizer
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                step = torch.tensor(float(adam_steps), device=flat.device if group.get("fused") else "cpu")
-                inner.state[flat] = {"step": step}
-                for kind in MOMENTS:
-                    inner.state[flat][kind] = torch.zeros_like(flat)
-        self._link_moments()
-
-    def _link_moments(self) -> None:
-        # torch creates the moments at the first step; DeepSpeed's fragments must be pointed at them afterwards.
-        self._engine.optimizer._hp_optimizer_states_linked = False
-        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-        self._has_moments = True
+    def _own_master(self, spec: TensorSpec, parameters: Iterable[NamedParameter]) -> Tensor:
+        whole = torch.zeros(self.partition.logical_shape(spec), dtype=torch.float32, device=self._mesh.device)
+        for entry, master in held_states(parameters, ()):
+            if entry.spec.name == spec.name:
+                deposit_(whole, master.values, spec, self.partition, self._mesh.tp_rank, master.start)
+        return whole
 
     def _fill(self, entry: NamedParameter, kind: StateKind, states: StateSource | SlicedStates) -> None:
         mapping = entry.parameter._hp_mapping  # type: ignore[attr-defined]
@@ -412,7 +357,8 @@ class PruningEngine:
         self._before_step = None
         applied = bool(self._engine.was_step_applied())
         if applied and not self._has_moments:
-            self._link_moments()
+            link_moments(self._engine.optimizer)
+            self._has_moments = True
         self._adam_steps += applied
         self.follow_keepers()
         return StepResult(float(loss), float(self._engine.get_global_grad_norm()), applied)

@@ -44,10 +44,11 @@ from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.training.batches import Batches
 from megatron_prune.training.callbacks import Checkpoints, Exports, Metrics, Validation, report_damaged
 from megatron_prune.training.distill import Teacher
-from megatron_prune.training.engine import AdamSettings, PruningEngine, prepare_deepspeed
+from megatron_prune.training.engine import PruningEngine, prepare_deepspeed
 from megatron_prune.training.inputs import Inputs, is_own, placement, verified
 from megatron_prune.training.latency import latency_table
 from megatron_prune.training.loop import Callback, Removals, Trainer
+from megatron_prune.training.optimizer_memory import AdamSettings
 from megatron_prune.training.pruner import Pruner, PruneRules
 from megatron_prune.training.report import Reporter
 from megatron_prune.training.resume import put_aside, resumed
@@ -152,8 +153,6 @@ def _partition(config: Config, inputs: Inputs) -> Partition:
     if inputs.checkpoint is None:
         return Partition.of(inputs.source, config.parallel.tensor_model_parallel_size)
     return placement(inputs.checkpoint.manifest.partition, config)
-
-
 
 
 def _check_removed(budget: Budget | None, replay: Replay | None, partition: Partition) -> None:
