@@ -16,6 +16,7 @@ from megatron_prune.checkpoint.manifest import Progress
 from megatron_prune.config.schema import Config, GuardConfig, PruneConfig, TrainConfig
 from megatron_prune.pruning.groups import MiniGroup
 from megatron_prune.pruning.ledger import Ledger, parse_ledger
+from megatron_prune.training.batches import Batches
 from megatron_prune.training.engine import StepResult
 from megatron_prune.training.loop import Trainer
 from megatron_prune.training.signals import StopRequest
@@ -62,14 +63,19 @@ def test_going_back_under_another_target_and_pace(hold_states: Any, pace: str) -
     saved = dataclasses.replace(saved, progress=dataclasses.replace(saved.progress, continue_from=5))
     paces: list[tuple[int, int]] = []
     pruner = SimpleNamespace(met_by=lambda arch: False, pace_from=lambda *pace: paces.append(pace))
-    engine = SimpleNamespace(restart=lambda *_: None)
+    sizes: list[tuple[int, int]] = []
+    engine = SimpleNamespace(restart=lambda *_: None, set_batch=lambda *size: sizes.append(size))
     config = Config(prune=PruneConfig(prune_ratio=pace, prune_start_iter=0))
-    trainer = make_trainer(config, engine=engine, pruner=pruner, progress=Progress(consumed_samples=99))
+    size: Any = SimpleNamespace(dp_size=2)
+    batches = Batches(None, None, config.train.micro_batch_size, 8 * config.train.micro_batch_size, size)  # type: ignore[arg-type]
+    progress = Progress(consumed_samples=99)
+    trainer = make_trainer(config, engine=engine, pruner=pruner, progress=progress, batches=batches)
     trainer.go_back(saved.partition, None, saved)  # type: ignore[arg-type]
     assert trainer.pruning
     step, spent = saved.progress.step, saved.progress.units_spent
     assert (trainer.progress.pace_from, trainer.progress.pace_spent) == (step, spent)
     assert paces == [(step, spent)]
+    assert sizes == [(config.train.micro_batch_size, 4)]
     assert (trainer.progress.consumed_samples, trainer.progress.rollbacks) == (99, 1)
 
 
