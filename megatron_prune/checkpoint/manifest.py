@@ -30,7 +30,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.pruning.ledger import Event, parse_ledger
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST_FILE = "manifest.json"
 COMPLETE_FILE = "COMPLETE"
 LEDGER_FILE = "ledger.jsonl"
@@ -62,6 +62,7 @@ class Progress:
         deferred_at: step whose decision was put off last, or None.
         recent_losses: of the last steps, where a jump of the loss is watched for.
         rollbacks: how often the run has gone back to a checkpoint.
+        saliency: the mean that ``--saliency-ema`` decides by, as ``pruning.smoothing`` writes it; empty without one.
     """
 
     step: int = 0
@@ -77,6 +78,7 @@ class Progress:
     deferred_at: int | None = None
     recent_losses: tuple[float, ...] = ()
     rollbacks: int = 0
+    saliency: str = ""
 
     @property
     def skipped(self) -> int:

@@ -259,6 +259,10 @@ class PruneConfig:
     """How groups of different size are compared: mean per measured element, plain sum, or sum per parameter or per
     FLOP (of a training token) freed."""
 
+    saliency_ema: float | None = None
+    """Decide by an exponential mean of the saliency of the steps that prune, in which the earlier ones weigh so much:
+    0.9. Without it every decision is of one batch."""
+
     prune_cost: PruneCost | None = None
     """Compare groups by their sum per unit of this cost freed, in place of --saliency-norm: params, flops, latency
     (measured as for --target-latency-ms) or kv-bytes (a query head counts for its share of its K/V head). What frees

@@ -34,6 +34,8 @@ def search_problems(config: Config) -> Iterator[str]:
         )
     if prune.replay is not None:
         yield from _replay(config, prune.replay)
+    if prune.saliency_ema is not None:
+        yield from _ema(config, prune.saliency_ema)
 
 
 def search_problems_of(config: Config, arch: Architecture) -> list[str]:
@@ -75,6 +77,21 @@ def _replay(config: Config, ledger: str) -> Iterator[str]:
     own = None if config.run.directory is None else Path(config.run.directory, _OWN_LEDGER)
     if own is not None and os.path.abspath(own) == os.path.abspath(ledger):
         yield f"--replay {ledger} is the ledger that this run writes: give another --save"
+
+
+def _ema(config: Config, beta: float) -> Iterator[str]:
+    prune = config.prune
+    if not 0 < beta < 1:
+        yield f"--saliency-ema {beta:g} is the weight of what was measured before: between 0 and 1, such as 0.9"
+    others = {
+        "--prune-metric random": prune.prune_metric == "random",
+        f"--replay {prune.replay}": prune.replay is not None,
+        "--few-shot-samples": config.baseline.few_shot_samples is not None,
+        "--sheared-iters": config.baseline.sheared_iters is not None,
+    }
+    for flag, given in others.items():
+        if given:
+            yield f"--saliency-ema {beta:g} has nothing to average under {flag}: drop it"
 
 
 def _gqa(config: Config, arch: Architecture) -> Iterator[str]:

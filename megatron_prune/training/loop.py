@@ -63,6 +63,13 @@ class Removals(Protocol):
         """Count what is due from a step on, when so many units had been spent."""
 
     @property
+    def memory(self) -> str:
+        """What a checkpoint has to hold of it beside the counters; empty for nothing."""
+
+    def remember(self, memory: str) -> None:
+        """Go on as it was when that was its memory."""
+
+    @property
     def chosen(self) -> int:
         """Groups chosen and not carried out."""
 
@@ -252,6 +259,7 @@ class Trainer:
                 compacted = self._compact_if_due()
             else:
                 pruner.discard()
+            self._advance(saliency="" if pruner.met else pruner.memory)
             if pruner.met:
                 self._advance(continue_from=self.progress.step)
         return StepRecord(result, lr, shape, compacted, self._deferred, jumped)
@@ -334,6 +342,7 @@ class Trainer:
         self.progress = dataclasses.replace(progress, consumed_samples=seen, rollbacks=rollbacks + 1)
         if pruner is not None:
             pruner.pace_from(max(self.config.prune_start_iter, progress.pace_from), progress.pace_spent)
+            pruner.remember(progress.saliency)
 
     def _record(self, decision: Decision) -> None:
         arch, group = self.architecture, decision.group

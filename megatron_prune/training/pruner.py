@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from megatron_prune.architecture import Architecture
-from megatron_prune.errors import MegatronPruneError
+from megatron_prune.errors import MegatronPruneError, UserError
 from megatron_prune.ops.saliency import Saliency
 from megatron_prune.parallel.collectives import agreed, sum_over_stages_
 from megatron_prune.parallel.mesh import Mesh
@@ -19,6 +19,7 @@ from megatron_prune.pruning.planner import Budget, Decision, SaliencyNorm, choos
 from megatron_prune.pruning.replay import Replay
 from megatron_prune.pruning.saliency import FloatArray, SaliencyVectors
 from megatron_prune.pruning.schedule import Schedule
+from megatron_prune.pruning.smoothing import Average
 from megatron_prune.training.engine import PruningEngine
 from megatron_prune.training.observing import Measure, Observer
 
@@ -37,6 +38,7 @@ class PruneRules:
         diagonal: where the metrics that use it take the diagonal of the Hessian from.
         second_order: update the weights that stay at every removal.
         replay: the removals to repeat in place of choosing, or None.
+        smoothing: weight of earlier measurements in the mean that decides, or None to decide by the latest alone.
     """
 
     budget: Budget
@@ -48,6 +50,7 @@ class PruneRules:
     diagonal: Diagonal = "fisher"
     second_order: bool = False
     replay: Replay | None = None
+    smoothing: float | None = None
 
 
 class Pruner:
@@ -67,6 +70,8 @@ class Pruner:
         updates = tuple(rules.budget.axes) if rules.second_order else ()
         measure = Measure(rules.metric, rules.diagonal, updates, rules.seed, rules.kernels)
         self._observer = Observer(engine, mesh, measure)
+        self._average = None if rules.smoothing is None else Average.empty(rules.smoothing, engine.partition.source)
+        self._next_average = self._average
 
     @property
     def met(self) -> bool:
@@ -81,6 +86,25 @@ class Pruner:
         """Count the units that are due from a step on, when ``spent`` had been spent."""
         schedule = dataclasses.replace(self._rules.schedule, start=step, spent_before=spent)
         self._rules = dataclasses.replace(self._rules, schedule=schedule)
+
+    @property
+    def memory(self) -> str:
+        """What a checkpoint needs to hold for decisions to go on as they would have: the mean saliency, or nothing."""
+        return "" if self._average is None else self._average.to_text()
+
+    def remember(self, memory: str) -> None:
+        """Take up the memory of a checkpoint; an empty one is that of a start.
+
+        Raises:
+            UserError: it is not that of this source.
+        """
+        beta, source = self._rules.smoothing, self._engine.partition.source
+        if beta is None:
+            return
+        try:
+            self._average = Average.from_text(beta, source, memory) if memory else Average.empty(beta, source)
+        except ValueError as error:
+            raise UserError(f"the checkpoint cannot be gone on with: {error}; use another") from error
 
     @property
     def chosen(self) -> int:
@@ -106,6 +130,7 @@ class Pruner:
         vectors = self._measure(step)
         if not vectors.finite:
             return None
+        vectors = self._smoothed(vectors)
         partition, budget, replay = self._engine.partition, self._rules.budget, self._rules.replay
         while self._rules.schedule.wants(step, spent) and not budget.met(partition.architecture()):
             if replay is None:
@@ -120,6 +145,7 @@ class Pruner:
                 )
             agreed(json.dumps([decision.group.type, decision.group.removed]), self._mesh)
             if not self._pending and replay is None and doubted(decision):
+                self._next_average = self._average  # one odd batch leaves no trace
                 return decision.group.type
             self._pending.append(decision)
             spent += units(decision.group.type, partition.source, decision.group.size)
@@ -129,6 +155,7 @@ class Pruner:
     def commit(self) -> Iterator[Decision]:
         """Remove what was chosen, the step having been applied; yields after each removal."""
         decisions, self._pending = self._pending, []
+        self._average = self._next_average
         for decision in decisions:
             self._observer.compensate(decision.group)
             self._engine.remove(decision.partition)
@@ -138,17 +165,33 @@ class Pruner:
     def discard(self) -> None:
         """Forget what was chosen: the step was skipped and decides nothing."""
         self._pending = []
+        self._next_average = self._average
         self._observer.clear()
 
     def _measure(self, step: int) -> SaliencyVectors:
         return self._observer.vectors(step)
 
-    def _gather(self, minima: FloatArray) -> FloatArray:
-        """Each layer's minima from the stage that has the layer: 32 bytes a layer, the vectors stay where they are."""
+    def _smoothed(self, vectors: SaliencyVectors) -> SaliencyVectors:
+        if self._average is None:
+            return vectors
+        self._next_average = self._average.including(self._whole(vectors))
+        return self._next_average.of(vectors)
+
+    def _whole(self, vectors: SaliencyVectors) -> SaliencyVectors:
+        """The vectors of all stages, so that any layout can go on with their mean."""
         if self._mesh.pp_size == 1:
-            return minima
-        own = torch.zeros(minima.shape, dtype=torch.float64, device=self._mesh.device)
+            return vectors
+        return SaliencyVectors(self._gather(vectors.heads), self._gather(vectors.ffn), vectors.stem, vectors.finite)
+
+    def _gather(self, by_layer: FloatArray) -> FloatArray:
+        """Each layer's row from the stage that has the layer.
+
+        A decision needs the minima of each, 32 bytes a layer; only a mean that is to be saved needs the vectors.
+        """
+        if self._mesh.pp_size == 1:
+            return by_layer
+        own = torch.zeros(by_layer.shape, dtype=torch.float64, device=self._mesh.device)
         rows = list(self._engine.layers)
-        own[rows] = torch.from_numpy(minima[rows]).to(own)
+        own[rows] = torch.from_numpy(by_layer[rows]).to(own)
         sum_over_stages_(own, self._mesh)
         return own.cpu().numpy()

@@ -68,6 +68,9 @@ def resumed(config: Config, saved: Manifest, met: bool) -> Progress:
     reopened = progress.continue_from is not None and not met
     if reopened:
         progress = dataclasses.replace(progress, continue_from=None)
+    measured = ("prune_metric", "prune_hessian", "saliency_ema")
+    if any(saved.settings["prune"].get(name) != getattr(config.prune, name) for name in measured):
+        progress = dataclasses.replace(progress, saliency="")  # a mean of something else
     if reopened or pace != (config.prune.prune_ratio, config.prune_start_iter):
         progress = dataclasses.replace(progress, pace_from=progress.step, pace_spent=progress.units_spent)
     return progress

@@ -194,8 +194,11 @@ def _pruner(
         prune.prune_hessian,
         prune.second_order,
         replay,
+        prune.saliency_ema,
     )
-    return Pruner(engine, mesh, rules)
+    pruner = Pruner(engine, mesh, rules)
+    pruner.remember(progress.saliency)
+    return pruner
 
 
 def _shears(config: Config, engine: PruningEngine, mesh: Mesh, progress: Progress) -> Shears:

@@ -57,6 +57,14 @@ class Shears:
         """Nothing: masks have no pace."""
 
     @property
+    def memory(self) -> str:
+        """Nothing: masks are in no checkpoint."""
+        return ""
+
+    def remember(self, memory: str) -> None:
+        """Nothing, see :attr:`memory`."""
+
+    @property
     def chosen(self) -> int:
         """Groups chosen and not carried out."""
         return len(self._pending)

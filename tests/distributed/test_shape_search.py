@@ -97,15 +97,32 @@ def test_exports_load_and_only_uneven_groups_are_repeated(
     assert all(torch.equal(stored[name], tensor) for name, tensor in exported_weights(run).items() if same[name])
 
 
-@BOTH
-def test_a_run_resumes_between_two_heads_on_fewer_ranks(runs: Runs, mode: str) -> None:
-    whole = runs.get(SOURCE, Layout(2), gqa_mode=mode, **KEEPS_ALL)
-    directory = runs.root / f"resumed-{mode}"
+def resumed_alone(runs: Runs, whole: Path, name: str, **changes: Any) -> Path:
+    """A copy of a run, gone on with from its middle by one process."""
+    directory = runs.root / name
     shutil.copytree(whole, directory)
     for checkpoint in (directory / "checkpoints").iterdir():
         if checkpoint.name != f"step_{MIDDLE:08d}":
             shutil.rmtree(checkpoint)
-    run_with(runs, directory.name, Layout(), gqa_mode=mode, **KEEPS_ALL)
+    return run_with(runs, name, Layout(), **changes)
+
+
+def test_a_mean_of_the_saliency_decides_on_any_layout_and_after_a_stop(runs: Runs) -> None:
+    smoothed = {"saliency_ema": 0.8, "gqa_mode": "cluster", **KEEPS_ALL}
+    whole = runs.get(SOURCE, Layout(1, 2), **smoothed)
+    directory = resumed_alone(runs, whole, "resumed-mean", **smoothed)
+    assert_same_decisions(directory, whole)
+    assert_same_weights(directory, whole)
+    plain = lines(runs.get(SOURCE, Layout(2), gqa_mode="cluster", **KEEPS_ALL) / "ledger.jsonl")
+    events = lines(whole / "ledger.jsonl")
+    assert events[0]["removed"] == plain[0]["removed"], "the mean of one is that one"
+    assert [event["removed"] for event in events] != [event["removed"] for event in plain]
+
+
+@BOTH
+def test_a_run_resumes_between_two_heads_on_fewer_ranks(runs: Runs, mode: str) -> None:
+    whole = runs.get(SOURCE, Layout(2), gqa_mode=mode, **KEEPS_ALL)
+    directory = resumed_alone(runs, whole, f"resumed-{mode}", gqa_mode=mode, **KEEPS_ALL)
     kinds = [event["type"] for event in lines(directory / "ledger.jsonl") if event["step"] > MIDDLE]
     assert "attention" in kinds
     assert_same_decisions(directory, whole)

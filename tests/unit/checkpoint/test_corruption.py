@@ -289,7 +289,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_none(saved: Path, tmp_pa
         Checkpoint(directory)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"format": 3}', '{"format": "3"}', "\xff", "NaN"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"format": 4}', '{"format": "3"}', "\xff", "NaN"])
 def test_manifests_of_any_text(saved: Path, tmp_path: Path, text: str) -> None:
     directory = tmp_path / "step"
     shutil.copytree(saved / "alone" / "checkpoints" / NEWEST, directory)

@@ -36,7 +36,6 @@ def extract(physical: Tensor, spec: TensorSpec, partition: Partition) -> Tensor:
     return logical
 
 
-
 @pytest.fixture
 def model() -> CausalLM:
     model = CausalLM(ARCH, logical_shapes(ARCH), torch_ops()).double()

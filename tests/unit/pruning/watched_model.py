@@ -46,7 +46,6 @@ def extract(physical: Tensor, spec: TensorSpec, partition: Partition) -> Tensor:
     return logical
 
 
-
 class Watched:
     """A float64 model with everything that a metric may want to see of its passes."""
 
