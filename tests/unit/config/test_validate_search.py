@@ -62,7 +62,7 @@ def test_right_settings_pass(values: dict[str, Any]) -> None:
         ({"target_shape": "ffn=3", "trajectory": ("ffn", "ffn")}, "must name every axis that shrinks, once"),
         ({"replay": "runs/y/ledger.jsonl", "prune_cost": "params"}, "--prune-cost params has nothing to choose"),
         ({"target_params": "1M", "saliency_ema": 1.0}, "--saliency-ema 1 is the weight"),
-        ({"target_params": "1M", "saliency_ema": 0.9, "prune_metric": "random"}, "has nothing to average under --prune"),
+        ({"target_params": "1M", "saliency_ema": 0.9, "prune_metric": "random"}, "nothing to average under --prune"),
         ({"replay": "runs/y/ledger.jsonl", "saliency_ema": 0.9}, "has nothing to average under --replay"),
         ({"replay": "./runs/x/ledger.jsonl"}, "is the ledger that this run writes"),
     ],
