@@ -27,7 +27,7 @@ def search_problems(config: Config) -> Iterator[str]:
         yield f"--prune-cost {prune.prune_cost} takes the place of --saliency-norm {prune.saliency_norm}: drop one"
     if prune.target_kv_bytes is not None and "attention" not in prune.prune_axes:
         yield f"--target-kv-bytes {prune.target_kv_bytes} needs attention in --prune-axes {','.join(prune.prune_axes)}"
-    if prune.final_align > 1 and (prune.target_shape is not None or not prune.targets):
+    if prune.final_align > 1 and prune.replay is None and (prune.target_shape is not None or not prune.targets):
         yield (
             f"--final-align {prune.final_align} is about where a search ends: give --target-params or another budget, "
             "or a --target-shape that is aligned without it"
@@ -70,10 +70,20 @@ def _trajectory(config: Config) -> Iterator[str]:
 
 def _replay(config: Config, ledger: str) -> Iterator[str]:
     prune = config.prune
-    given = {"--prune-cost": prune.prune_cost, "--sheared-iters": config.baseline.sheared_iters}
+    aligned = prune.final_align if prune.final_align > 1 else None
+    given = {
+        "--prune-cost": prune.prune_cost,
+        "--sheared-iters": config.baseline.sheared_iters,
+        "--final-align": aligned,
+    }
     for flag, value in given.items():
         if value is not None:
             yield f"{flag} {value} has nothing to choose under --replay {ledger}: drop one of them"
+    if set(prune.prune_axes) != set(PRUNE_AXES):
+        yield (
+            f"--prune-axes {','.join(prune.prune_axes)} says nothing of --replay {ledger}, which removes what it holds: "
+            "drop one of them"
+        )
     own = None if config.run.directory is None else Path(config.run.directory, _OWN_LEDGER)
     if own is not None and os.path.abspath(own) == os.path.abspath(ledger):
         yield f"--replay {ledger} is the ledger that this run writes: give another --save"

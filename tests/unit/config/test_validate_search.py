@@ -64,6 +64,11 @@ def test_right_settings_pass(values: dict[str, Any]) -> None:
         ({"target_params": "1M", "saliency_ema": 1.0}, "--saliency-ema 1 is the weight"),
         ({"target_params": "1M", "saliency_ema": 0.9, "prune_metric": "random"}, "nothing to average under --prune"),
         ({"replay": "runs/y/ledger.jsonl", "saliency_ema": 0.9}, "has nothing to average under --replay"),
+        (
+            {"replay": "runs/y/ledger.jsonl", "target_params": "1M", "final_align": 8},
+            "--final-align 8 has nothing to choose under --replay runs/y/ledger.jsonl",
+        ),
+        ({"replay": "runs/y/ledger.jsonl", "prune_axes": ("ffn",)}, "--prune-axes ffn says nothing of --replay"),
         ({"replay": "./runs/x/ledger.jsonl"}, "is the ledger that this run writes"),
     ],
 )
