@@ -13,7 +13,7 @@ from megatron_prune.errors import MegatronPruneError, UserError
 from megatron_prune.ops.saliency import Saliency
 from megatron_prune.parallel.collectives import agreed, sum_over_stages_
 from megatron_prune.parallel.mesh import Mesh
-from megatron_prune.pruning.groups import GroupType, units
+from megatron_prune.pruning.groups import GROUP_TYPES, GroupType, units
 from megatron_prune.pruning.metrics import Diagonal, Metric
 from megatron_prune.pruning.planner import Budget, Decision, SaliencyNorm, choose, strike_out
 from megatron_prune.pruning.replay import Replay
@@ -52,6 +52,13 @@ class PruneRules:
     replay: Replay | None = None
     smoothing: float | None = None
 
+    @property
+    def updates(self) -> tuple[GroupType, ...]:
+        """The types whose removal updates the weights that stay; a ledger removes what it holds, whatever the axes."""
+        if not self.second_order:
+            return ()
+        return tuple(self.budget.axes) if self.replay is None else GROUP_TYPES
+
 
 class Pruner:
     """Makes the decisions of a step inside it and carries them out after it.
@@ -67,8 +74,7 @@ class Pruner:
         self._mesh = mesh
         self._rules = rules
         self._pending: list[Decision] = []
-        updates = tuple(rules.budget.axes) if rules.second_order else ()
-        measure = Measure(rules.metric, rules.diagonal, updates, rules.seed, rules.kernels)
+        measure = Measure(rules.metric, rules.diagonal, rules.updates, rules.seed, rules.kernels)
         self._observer = Observer(engine, mesh, measure)
         self._average = None if rules.smoothing is None else Average.empty(rules.smoothing, engine.partition.source)
         self._next_average = self._average
