@@ -81,8 +81,8 @@ def _replay(config: Config, ledger: str) -> Iterator[str]:
             yield f"{flag} {value} has nothing to choose under --replay {ledger}: drop one of them"
     if set(prune.prune_axes) != set(PRUNE_AXES):
         yield (
-            f"--prune-axes {','.join(prune.prune_axes)} says nothing of --replay {ledger}, which removes what it holds: "
-            "drop one of them"
+            f"--prune-axes {','.join(prune.prune_axes)} says nothing of --replay {ledger}, which removes what it "
+            "holds: drop one of them"
         )
     own = None if config.run.directory is None else Path(config.run.directory, _OWN_LEDGER)
     if own is not None and os.path.abspath(own) == os.path.abspath(ledger):

@@ -89,6 +89,7 @@ def build_trainer(
     progress = resumed(config, checkpoint.manifest, met) if checkpoint else Progress()
     # Ranks that read different directories (a --save that is not shared) would build different models.
     agreed(f"resume {progress.step} events {progress.events}", mesh)
+    _check_begun(config, progress)
     if checkpoint is not None and is_own(checkpoint, config):
         put_aside(inputs.damaged, mesh)
     sequence_parallel = parallel.sequence_parallel and mesh.tp_size > 1
@@ -133,7 +134,7 @@ def build_trainer(
     report_damaged(reporter, inputs.damaged, progress.step)
     pruner: Removals | None = None
     if config.baseline.sheared_iters is not None:
-        pruner = _shears(config, engine, mesh, progress) if progress.continue_from is None else None
+        pruner = _shears(config, engine, mesh) if progress.continue_from is None else None
     elif budget is not None:
         pruner = _pruner(config, budget, replay, progress, engine, inputs.ops.saliency, mesh)
     return Trainer(
@@ -153,6 +154,19 @@ def _partition(config: Config, inputs: Inputs) -> Partition:
     if inputs.checkpoint is None:
         return Partition.of(inputs.source, config.parallel.tensor_model_parallel_size)
     return placement(inputs.checkpoint.manifest.partition, config)
+
+
+def _check_begun(config: Config, progress: Progress) -> None:
+    """Refuse to prune at once what was trained or pruned before: the samples, or the masks, are those of its start."""
+    baseline = config.baseline
+    if not progress.step or progress.continue_from is not None or not baseline.prunes_at_once:
+        return
+    few, iters = baseline.few_shot_samples, baseline.sheared_iters
+    flag = f"--sheared-iters {iters}" if few is None else f"--few-shot-samples {few}"
+    why = "checkpoints do not hold the masks that it learns" if few is None else "it prunes before the first step"
+    raise UserError(
+        f"{flag} cannot go on from the checkpoint of step {progress.step}: {why}; start anew with another --save"
+    )
 
 
 def _check_removed(budget: Budget | None, replay: Replay | None, partition: Partition) -> None:
@@ -201,12 +215,7 @@ def _pruner(
     return pruner
 
 
-def _shears(config: Config, engine: PruningEngine, mesh: Mesh, progress: Progress) -> Shears:
-    if progress.step:
-        raise UserError(
-            f"the checkpoint of step {progress.step} was written while masks were learned and does not hold them; "
-            "start anew with another --save"
-        )
+def _shears(config: Config, engine: PruningEngine, mesh: Mesh) -> Shears:
     baseline, source = config.baseline, engine.partition.source
     assert baseline.sheared_iters is not None
     assert config.prune.target_shape is not None, "validate_config checks it"
