@@ -18,9 +18,18 @@ def baseline_problems(config: Config, world_size: int) -> Iterator[str]:
     yield from _few_shot(config, world_size)
     yield from _sheared(config)
     yield from _distillation(config)
+    yield from _growth(config)
+
+
+def _growth(config: Config) -> Iterator[str]:
     prune = config.prune
-    fisher = prune.prune_metric in ("taylor-mixed", "diag-hessian") and prune.prune_hessian == "fisher"
-    if config.train.grow_micro_batch and prune.active and fisher:
+    if not config.train.grow_micro_batch:
+        return
+    if not prune.active:
+        yield "--grow-micro-batch follows a model that shrinks, and there is no target: give one, or drop it"
+    elif not prune.prune_align:
+        yield "--grow-micro-batch grows where tensors are cut, which --prune-align 0 never does: give a multiple"
+    elif prune.prune_metric in ("taylor-mixed", "diag-hessian") and prune.prune_hessian == "fisher":
         yield (
             f"--grow-micro-batch changes what --prune-metric {prune.prune_metric} measures, the gradients of single "
             "micro-batches: drop it, or give --prune-hessian adam"
@@ -60,6 +69,10 @@ def _sheared(config: Config) -> Iterator[str]:
         yield f"{flag} runs data parallel only: give --tensor- and --pipeline-model-parallel-size 1"
     if prune.gqa_mode != "cluster":
         yield f"{flag} learns a mask for each query head: drop --gqa-mode {prune.gqa_mode}"
+    if prune.prune_cost is not None:
+        yield f"{flag} lets its masks choose: drop --prune-cost {prune.prune_cost}"
+    if prune.prune_metric != "taylor":
+        yield f"{flag} lets its masks choose: drop --prune-metric {prune.prune_metric}"
     if prune.order is not None:
         yield f"{flag} shrinks all axes together: drop --trajectory {','.join(prune.order)}"
     if config.train.compile:
@@ -85,6 +98,8 @@ def _distillation(config: Config) -> Iterator[str]:
         yield f"--distill-weight {weight} must be from 0 to 1"
     if not (math.isfinite(temperature) and temperature > 0):
         yield f"--distill-temperature {temperature} must be above 0"
+    elif temperature != 1 and weight == 0:
+        yield f"--distill-temperature {temperature} is that of a teacher: give --distill-weight, or drop it"
     if weight and config.run.finetune:
         yield f"--distill-weight {weight} learns from --source, which --finetune does not read: drop one of them"
 

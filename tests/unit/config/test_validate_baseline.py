@@ -56,6 +56,11 @@ def test_good(values: dict[str, object]) -> None:
         ({"distill_weight": 1.5}, "--distill-weight 1.5 must be from 0 to 1"),
         ({"distill_weight": 0.5, "distill_temperature": 0.0}, "--distill-temperature 0.0 must be above 0"),
         ({"distill_weight": 0.5, "finetune": True}, "--finetune does not read"),
+        ({"distill_temperature": 2.0}, "--distill-temperature 2.0 is that of a teacher"),
+        ({"grow_micro_batch": True}, "--grow-micro-batch follows a model that shrinks"),
+        ({"grow_micro_batch": True, "target_params": "1B", "prune_align": 0}, "which --prune-align 0 never does"),
+        ({**SHEARED, "prune_cost": "latency"}, "drop --prune-cost latency"),
+        ({**SHEARED, "prune_metric": "obc"}, "drop --prune-metric obc"),
         ({"grow_micro_batch": True, "target_params": "1B", "prune_metric": "diag-hessian"}, "--prune-hessian adam"),
     ],
 )
