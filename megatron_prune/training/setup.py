@@ -75,7 +75,6 @@ def build_trainer(
         micro_batch_size: samples per forward pass under a placement, or None where it is fixed.
     """
     prepare_deepspeed()
-    world_size = torch.distributed.get_world_size()
     parallel = config.parallel
     mesh = make_mesh(device, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     inputs = verified(config, inputs, mesh)
@@ -92,29 +91,9 @@ def build_trainer(
     _check_begun(config, progress)
     if checkpoint is not None and is_own(checkpoint, config):
         put_aside(inputs.damaged, mesh)
-    sequence_parallel = parallel.sequence_parallel and mesh.tp_size > 1
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     teacher = _teacher(config, inputs, mesh, precision)
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layer table
-        pipeline = build_pipeline(
-            partition,
-            inputs.ops,
-            mesh,
-            sequence_parallel=sequence_parallel,
-            recompute=config.train.recompute,
-            compile_layers=config.train.compile,
-            guide=None if teacher is None else teacher.guide(config.distill),
-        )
-    optim = config.optim
-    engine = PruningEngine(
-        pipeline,
-        partition,
-        deepspeed_config(config, world_size),
-        AdamSettings(inputs.ops.adam, (optim.adam_beta1, optim.adam_beta2), optim.adam_eps, optim.weight_decay),
-        mesh,
-        precision,
-        sequence_parallel,
-    )
+    engine = _engine(config, inputs, mesh, partition, precision, teacher)
     train = config.train
     batches = Batches(inputs.train, inputs.valid, train.micro_batch_size, train.global_batch_size, mesh, teacher)
     samples = config.baseline.few_shot_samples
@@ -132,21 +111,42 @@ def build_trainer(
         ledger.restore(checkpoint.events if checkpoint else [])
         reporter.truncate_after(progress.step)
     report_damaged(reporter, inputs.damaged, progress.step)
-    pruner: Removals | None = None
-    if config.baseline.sheared_iters is not None:
-        pruner = _shears(config, engine, mesh) if progress.continue_from is None else None
-    elif budget is not None:
-        pruner = _pruner(config, budget, replay, progress, engine, inputs.ops.saliency, mesh)
     return Trainer(
         config,
         engine,
-        pruner,
+        _removals(config, budget, replay, progress, engine, inputs.ops.saliency, mesh),
         batches,
         mesh,
         ledger,
         progress,
         _callbacks(config, inputs, mesh, reporter, run_dir),
         micro_batch_size,
+    )
+
+
+def _engine(
+    config: Config, inputs: Inputs, mesh: Mesh, partition: Partition, precision: torch.dtype, teacher: Teacher | None
+) -> PruningEngine:
+    """The model and what trains it, not started."""
+    optim, sequence_parallel = config.optim, config.parallel.sequence_parallel and mesh.tp_size > 1
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layer table
+        pipeline = build_pipeline(
+            partition,
+            inputs.ops,
+            mesh,
+            sequence_parallel=sequence_parallel,
+            recompute=config.train.recompute,
+            compile_layers=config.train.compile,
+            guide=None if teacher is None else teacher.guide(config.distill),
+        )
+    return PruningEngine(
+        pipeline,
+        partition,
+        deepspeed_config(config, torch.distributed.get_world_size()),
+        AdamSettings(inputs.ops.adam, (optim.adam_beta1, optim.adam_beta2), optim.adam_eps, optim.weight_decay),
+        mesh,
+        precision,
+        sequence_parallel,
     )
 
 
@@ -181,6 +181,21 @@ def _check_removed(budget: Budget | None, replay: Replay | None, partition: Part
             "--gqa-mode balanced: the checkpoint has K/V heads with different numbers of query heads; go on with "
             "--gqa-mode cluster"
         )
+
+
+def _removals(
+    config: Config,
+    budget: Budget | None,
+    replay: Replay | None,
+    progress: Progress,
+    engine: PruningEngine,
+    kernels: Saliency,
+    mesh: Mesh,
+) -> Removals | None:
+    """What prunes, or None where nothing does, or where masks have been learned and are gone."""
+    if config.baseline.sheared_iters is not None:
+        return _shears(config, engine, mesh) if progress.continue_from is None else None
+    return None if budget is None else _pruner(config, budget, replay, progress, engine, kernels, mesh)
 
 
 def _pruner(
