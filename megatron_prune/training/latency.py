@@ -111,6 +111,8 @@ def measured_table(config: Config, source: Architecture, timer: Timer) -> Latenc
         tuple(sorted(nearest | bend)),
     )
     shapes = [shape_between(source, *widths, mode) for widths in itertools.product(*knots)]
+    rounds = f"{len(shapes)} shapes, {_ROUNDS} times each"
+    print(f"timing {rounds}: what else the machine does now ends up in {LATENCY_FILE}", flush=True)
     times = np.min([[timer(shape) for shape in shapes] for _ in range(_ROUNDS)], axis=0)
     return LatencyTable.of(knots, times.reshape([len(axis) for axis in knots]), about_table(config, source))
 

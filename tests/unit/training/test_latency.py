@@ -51,6 +51,11 @@ def mesh() -> Mesh:
     return Mesh(0, 1, 0, 1, None, 0, 1, None, 0, 1, None, None, group, torch.device("cpu"))
 
 
+def test_the_minutes_of_timing_are_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = measured_table(settings(tmp_path), SOURCE, pretended)
+    assert capsys.readouterr().out.startswith(f"timing {table.milliseconds.size} shapes, 3 times each")
+
+
 def test_shapes_between_the_source_and_the_floor_are_timed(tmp_path: Path) -> None:
     table = measured_table(settings(tmp_path), SOURCE, pretended)
     assert (table.hidden[0], table.hidden[-1]) == (16, 48)
