@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from megatron_prune.training.batches import Batches
 from megatron_prune.training.engine import PruningEngine, StepResult
 from megatron_prune.training.guard import WINDOW, jumped, remembered, spiked
 from megatron_prune.training.lr import learning_rate
+from megatron_prune.training.removals import Removals
 from megatron_prune.training.report import warn
 from megatron_prune.training.resume import resumed
 from megatron_prune.training.signals import StopRequest
@@ -47,43 +48,6 @@ class StepRecord:
     compacted: bool
     deferred: GroupType | None
     jumped: bool
-
-
-class Removals(Protocol):
-    """Decides what goes and takes it out, such as :class:`~megatron_prune.training.pruner.Pruner`."""
-
-    @property
-    def met(self) -> bool:
-        """True when the model is at or under the target."""
-
-    def met_by(self, arch: Architecture) -> bool:
-        """True for a model at or under the target."""
-
-    def pace_from(self, step: int, spent: int) -> None:
-        """Count what is due from a step on, when so many units had been spent."""
-
-    @property
-    def memory(self) -> str:
-        """What a checkpoint has to hold of it beside the counters; empty for nothing."""
-
-    def remember(self, memory: str) -> None:
-        """Go on as it was when that was its memory."""
-
-    @property
-    def chosen(self) -> int:
-        """Groups chosen and not carried out."""
-
-    def due(self, step: int, spent: int) -> bool:
-        """True when optimizer step ``step`` (0-based) has to look at its gradients."""
-
-    def decide(self, step: int, spent: int, doubted: Callable[[Decision], bool]) -> GroupType | None:
-        """Choose from the gradients in place; returns the type of a choice that was doubted, which is none then."""
-
-    def commit(self) -> Iterator[Decision]:
-        """Remove what was chosen; yields after each removal."""
-
-    def discard(self) -> None:
-        """Forget what was chosen."""
 
 
 class Callback(Protocol):

@@ -47,9 +47,10 @@ from megatron_prune.training.distill import Teacher
 from megatron_prune.training.engine import PruningEngine, prepare_deepspeed
 from megatron_prune.training.inputs import Inputs, is_own, placement, verified
 from megatron_prune.training.latency import latency_table
-from megatron_prune.training.loop import Callback, Removals, Trainer
+from megatron_prune.training.loop import Callback, Trainer
 from megatron_prune.training.optimizer_memory import AdamSettings
 from megatron_prune.training.pruner import Pruner, PruneRules
+from megatron_prune.training.removals import Removals
 from megatron_prune.training.report import Reporter
 from megatron_prune.training.resume import put_aside, resumed
 from megatron_prune.training.run_dir import replace_text, writing
