@@ -62,20 +62,25 @@ def test_going_back_under_another_target_and_pace(hold_states: Any, pace: str) -
     saved = hold_states().manifest
     saved = dataclasses.replace(saved, progress=dataclasses.replace(saved.progress, continue_from=5))
     paces: list[tuple[int, int]] = []
-    pruner = SimpleNamespace(met_by=lambda arch: False, pace_from=lambda *pace: paces.append(pace))
-    sizes: list[tuple[int, int]] = []
-    engine = SimpleNamespace(restart=lambda *_: None, set_batch=lambda *size: sizes.append(size))
-    config = Config(prune=PruneConfig(prune_ratio=pace, prune_start_iter=0))
-    size: Any = SimpleNamespace(dp_size=2)
-    batches = Batches(None, None, config.train.micro_batch_size, 8 * config.train.micro_batch_size, size)  # type: ignore[arg-type]
+    remembered: list[str] = []
+    pruner = SimpleNamespace(
+        met_by=lambda arch: False, pace_from=lambda *pace: paces.append(pace), remember=remembered.append
+    )
+    calls: list[Any] = []
+    engine = SimpleNamespace(restart=lambda *_: calls.append("restart"), set_batch=lambda *size: calls.append(size))
+    config = Config(prune=PruneConfig(prune_ratio=pace, prune_start_iter=0), train=TrainConfig(micro_batch_size=2))
+    copies: Any = SimpleNamespace(dp_size=2)
+    unread: Any = None
+    batches = Batches(unread, unread, 4, 16, copies)
     progress = Progress(consumed_samples=99)
-    trainer = make_trainer(config, engine=engine, pruner=pruner, progress=progress, batches=batches)
+    trainer = make_trainer(config, engine=engine, pruner=pruner, batches=batches, progress=progress)
     trainer.go_back(saved.partition, None, saved)  # type: ignore[arg-type]
     assert trainer.pruning
     step, spent = saved.progress.step, saved.progress.units_spent
     assert (trainer.progress.pace_from, trainer.progress.pace_spent) == (step, spent)
     assert paces == [(step, spent)]
-    assert sizes == [(config.train.micro_batch_size, 4)]
+    assert remembered == [saved.progress.saliency]
+    assert calls == [(2, 4), "restart"], "an engine is started with the batch that it will see"
     assert (trainer.progress.consumed_samples, trainer.progress.rollbacks) == (99, 1)
 
 
