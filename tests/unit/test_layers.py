@@ -20,6 +20,7 @@ LAYER = {
     "pruning": 3,
     "checkpoint": 4,
     "training": 5,
+    "evaluation": 5,
     "activations": 6,
     "baselines": 6,
     "growth": 6,
