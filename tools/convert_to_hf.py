@@ -14,15 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from megatron_prune.checkpoint.files import short
-from megatron_prune.checkpoint.hf import export_verified, read_config
-from megatron_prune.checkpoint.store import SOURCE_DIR, Checkpoint, newest_checkpoint
+from megatron_prune.checkpoint.run_export import DTYPES, export_run
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 
 BYTES_PER_GB = 10**9
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,32 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(run_dir: Path, directory: Path, dtype: str | None, max_shard_bytes: int) -> None:
     if max_shard_bytes < 1:
         raise UserError("--max-shard-gb must be above 0; the default of 5 suits most hubs")
-    newest = newest_checkpoint(run_dir)
-    if newest is None:
-        raise UserError(f"--load {run_dir} holds no complete checkpoint; give the directory that was --save of a run")
-    checkpoint = Checkpoint(newest)
-    manifest, specs = checkpoint.manifest, checkpoint.specs()
-    arch = manifest.partition.architecture()
-    precision = dtype or str(manifest.setting("train", "precision"))
-    if precision not in DTYPES:
-        raise UserError(f"{newest} was trained in {short(precision)}, which is none of ours; give --dtype")
-
-    def tensors(name: str) -> torch.Tensor:
-        return checkpoint.live(specs[name])
-
-    report, verified = export_verified(
-        directory,
-        arch,
-        tensors,
-        dtype=DTYPES[precision],
-        tokenizer_dir=run_dir / SOURCE_DIR,
-        source_config=read_config(run_dir / SOURCE_DIR),
-        max_shard_bytes=max_shard_bytes,
-    )
+    done = export_run(run_dir, directory, dtype, max_shard_bytes)
+    report, verified, arch = done.report, done.verified, done.architecture
     print(
         f"{directory}: {report.hf_class}, {report.num_parameters:,} parameters in {report.dtype}, "
-        f"hidden {arch.hidden_size}, ffn {arch.ffn_hidden_size}, heads {arch.num_attention_heads} (step "
-        f"{manifest.progress.step})"
+        f"hidden {arch.hidden_size}, ffn {arch.ffn_hidden_size}, heads {arch.num_attention_heads} (step {done.step})"
     )
     if report.expanded_kv:
         print("K/V heads were repeated, one per query head: stock GQA cannot express groups of different size")

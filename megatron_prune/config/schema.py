@@ -93,6 +93,10 @@ class DataConfig:
     """Tokenised data, as prefixes of .bin/.idx pairs, each with a weight before it or none with one:
     220 data/fineweb 28 data/cosmopedia. Without weights, proportional to their tokens."""
 
+    instruction_data: str | None = None
+    """Instruction tuning in place of --data-path: a JSON file in Alpaca's format (instruction, input, output), one
+    example a sample, loss on the response only. tools/finetune.py sets it and what goes with it."""
+
     split: str = "969,30,1"
     """Shares of every source for training, validation and test, in any unit."""
 

@@ -93,8 +93,9 @@ def validate_against_source(config: Config, arch: Architecture) -> None:
 def _missing(config: Config) -> Iterator[str]:
     if not config.model.source:
         yield "--source is missing: give a Hugging Face directory or hub id"
-    if not config.data.data_path:
+    if not config.data.data_path and config.data.instruction_data is None:
         yield "--data-path is missing: give the prefix of a .bin/.idx pair (tools/preprocess_data.py writes them)"
+    yield from _instructions(config)
     if not config.run.save and not config.run.load:
         yield "--save is missing: give the run directory to write"
     if config.run.finetune and not config.run.load:
@@ -103,6 +104,21 @@ def _missing(config: Config) -> Iterator[str]:
         yield f"--finetune starts a run of its own: give a --save other than --load {config.run.load}"
     if config.train.train_iters < 1:
         yield f"--train-iters is {config.train.train_iters}: give the optimizer steps of the run, at least 1"
+
+
+def _instructions(config: Config) -> Iterator[str]:
+    """What does not go with instruction tuning."""
+    path = config.data.instruction_data
+    if path is None:
+        return
+    if config.data.data_path:
+        yield f"--instruction-data {path} takes the place of --data-path: drop one of them"
+    if config.run.eval_interval > 0:
+        yield f"--instruction-data {path} has no validation part: give --eval-interval 0"
+    if config.distill.distill_weight:
+        yield f"--distill-weight does not go with --instruction-data {path}: drop it"
+    if config.baseline.prunes_at_once:
+        yield f"--few-shot-samples and --sheared-iters do not go with --instruction-data {path}: prune first"
 
 
 def _same_place(one: str, other: str | None) -> bool:

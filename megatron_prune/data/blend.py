@@ -204,6 +204,9 @@ class TokenBlend:
         """Samples ``first`` to ``first + count`` as int64 ``[count, seq_length + 1]``."""
         return torch.from_numpy(np.stack([self.sample(n) for n in range(first, first + count)]))
 
+    def counted(self, first: int, count: int) -> None:
+        """Every target counts in the loss."""
+
     def fingerprint(self) -> str:
         """Hash of all that decides the order: sizes of the datasets, weights, sequence length, seed, split.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import cast
+from typing import Final, cast
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -24,6 +24,8 @@ from megatron_prune.parallel.partition import DEAD, Partition, is_split, live
 from megatron_prune.parallel.vocab import VocabParallelEmbedding
 
 TIED_KEY = "embed_tokens"
+#: A next token that does not count in the loss.
+IGNORED: Final = -100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +97,10 @@ def build_pipeline(
         guide: a teacher's output projection, on the last stage of a run that has one.
 
     Returns:
-        A module whose loss is the mean cross-entropy of ``[B, S]`` next tokens, or, of a pair of them and a teacher's
-        last hidden states ``[B, S, D]``, that of :func:`~megatron_prune.parallel.distill_loss.linear_distillation`.
+        A module whose loss is the mean cross-entropy of ``[B, S]`` next tokens. Beside them, in a pair, a run with a
+        teacher takes its last hidden states ``[B, S, D]``, and the loss is that of
+        :func:`~megatron_prune.parallel.distill_loss.linear_distillation`; a run without one takes a number, and the
+        loss is the sum over the next tokens that are not ``IGNORED`` (some must not be) divided by that.
     """
     arch = partition.source
     shapes = layer_shapes(partition, mesh.tp_rank)
@@ -115,11 +119,16 @@ def build_pipeline(
 
     def loss(entered: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         entered, weight = entered.flatten(0, -2), _head_weight(pipeline)
-        if not isinstance(target, Tensor):
-            labels, taught = target[0].flatten(), target[1].flatten(0, -2)
-            assert guide is not None, "only a teacher adds hidden states to the labels"
-            return linear_distillation(entered, weight, labels, taught, guide, first, valid, tp)
-        labels = target.flatten()
+        if isinstance(target, Tensor):
+            return mean_loss(entered, weight, target.flatten())
+        labels, beside = target[0].flatten(), target[1]
+        if guide is not None:
+            return linear_distillation(entered, weight, labels, beside.flatten(0, -2), guide, first, valid, tp)
+        counted = labels != IGNORED
+        labels = labels[counted]  # the others need no logits at all
+        return mean_loss(entered[counted], weight, labels) * (len(labels) / beside)
+
+    def mean_loss(entered: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         if tp.size == 1:
             return ops.cross_entropy(entered, weight, labels)
         return linear_cross_entropy(entered, weight, labels, first, valid, tp)

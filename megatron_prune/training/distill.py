@@ -83,7 +83,7 @@ class Teacher:
             return None
         return Guide(self._head, settings.distill_weight, settings.distill_temperature)
 
-    def __call__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Sample]:
+    def __call__(self, batches: Iterable[Sample]) -> Iterator[Sample]:
         """The micro-batches of a step, on the last stage with the teacher's hidden states beside the labels.
 
         A collective of all stages, and of the ranks that split them.
@@ -94,8 +94,9 @@ class Teacher:
         return taught if self._mesh.pp_size == 1 else iter(list(taught))
 
     @torch.no_grad()
-    def _taught(self, sample: tuple[Tensor, Tensor]) -> Sample:
+    def _taught(self, sample: Sample) -> Sample:
         tokens, labels = sample
+        assert isinstance(labels, Tensor), "validate_config refuses a teacher of instructions"
         x = tokens if self._mesh.pp_rank == 0 else self._received(tokens.shape)
         for module in self._modules:
             x = module(x)

@@ -363,7 +363,7 @@ class PruningEngine:
         self.follow_keepers()
         return StepResult(float(loss), float(self._engine.get_global_grad_norm()), applied)
 
-    def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]], read: Callable[[], None]) -> float:
+    def calibrate(self, batches: Iterable[Sample], read: Callable[[], None]) -> float:
         """Gradients of this rank's micro-batches without a step; a start of another engine must follow.
 
         Args:
@@ -387,7 +387,7 @@ class PruningEngine:
         if copied:
             follow_keepers_(copied, self._mesh)
 
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], count: int) -> float:
+    def evaluate(self, batches: Iterable[Sample], count: int) -> float:
         """Mean loss over ``count`` micro-batches per copy."""
         return float(self._engine.eval_batch(iter(batches), num_micro_batches=count))
 

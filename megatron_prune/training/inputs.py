@@ -19,6 +19,7 @@ from megatron_prune.checkpoint.store import (
 )
 from megatron_prune.config import Config
 from megatron_prune.data.blend import TokenBlend, parse_data_path
+from megatron_prune.data.instructions import InstructionSamples, read_instructions
 from megatron_prune.data.samples import Which
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import ConfigError, UserError
@@ -26,6 +27,7 @@ from megatron_prune.ops.dispatch import Ops, build_ops, parse_forced
 from megatron_prune.parallel.collectives import agreed
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.parallel.partition import Partition
+from megatron_prune.training.batches import Samples
 from megatron_prune.training.resume import newest_whole
 
 
@@ -48,8 +50,8 @@ class Inputs:
     source_path: Path
     source: Architecture
     weights: SourceWeights | None
-    train: TokenBlend
-    valid: TokenBlend | None
+    train: Samples
+    valid: Samples | None
     checkpoint: Checkpoint | None
     ops: Ops
     base: Checkpoint | None = None
@@ -77,23 +79,33 @@ def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inpu
         _check_writable(Path(config.run.directory))
     if config.model.tokenizer is not None:
         _check_tokenizer(config.model.tokenizer, source)
-    blends = parse_data_path(config.data.data_path)
-
-    def blend(which: Which) -> TokenBlend:
-        data, seed = config.data, config.train.seed
-        return TokenBlend(blends, data.seq_length, seed, data.split, which, source.vocab_size)
-
+    train, valid = _samples(config, source_path, source)
     return Inputs(
         source_path=source_path,
         source=source,
         weights=weights,
-        train=blend("train"),
-        valid=blend("valid") if config.run.eval_interval else None,
+        train=train,
+        valid=valid,
         checkpoint=None if found is None else found.checkpoint,
         ops=ops,
         base=None if base is None else base.checkpoint,
         damaged=() if found is None else found.damaged,
     )
+
+
+def _samples(config: Config, source_path: Path, source: Architecture) -> tuple[Samples, Samples | None]:
+    """What to train on and what to validate on."""
+    data, seed = config.data, config.train.seed
+    if data.instruction_data is not None:
+        tokenizer = load_tokenizer(config.model.tokenizer or str(source_path))
+        examples = read_instructions(Path(data.instruction_data))
+        return InstructionSamples(examples, tokenizer, data.seq_length, seed, source.vocab_size), None
+    blends = parse_data_path(data.data_path)
+
+    def blend(which: Which) -> TokenBlend:
+        return TokenBlend(blends, data.seq_length, seed, data.split, which, source.vocab_size)
+
+    return blend("train"), blend("valid") if config.run.eval_interval else None
 
 
 def read_source(config: Config) -> tuple[Path, Architecture]:

@@ -28,6 +28,9 @@ LAYER = {
     "layouts": 6,
     "stops": 6,
     "plan": 6,
+    "tuning": 6,
+    "lora": 6,
+    "generation": 6,
     "pretrain": 6,
     "plotting": 6,
 }

@@ -1,0 +1,142 @@
+"""Instruction tuning of low-rank adapters (LoRA, Hu et al. 2021) by peft and transformers' Trainer, in one process.
+
+The trainer of pruning updates whole matrices and has no place for adapters; this path shares its samples and its loss,
+the mean over the response tokens of a batch, and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from megatron_prune.checkpoint.hf import copy_companions
+from megatron_prune.data.instructions import InstructionSamples
+from megatron_prune.errors import UserError
+from megatron_prune.evaluation.scoring import load_causal_lm
+from megatron_prune.model.pipeline import IGNORED
+from megatron_prune.tuning import EXPORT_DIR, MAX_MICRO_BATCH, WARMUP_SHARE
+
+ADAPTER_DIR: Final = "adapter"
+#: LoRA's alpha for a rank of 1: the adapters' product is scaled by alpha / rank.
+ALPHA_PER_RANK: Final = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """How adapters are trained.
+
+    Attributes:
+        rank: of every adapter.
+        lr: peak learning rate.
+        steps: optimizer steps.
+        global_batch_size: examples per step.
+        seed: of the adapters' start.
+    """
+
+    rank: int
+    lr: float
+    steps: int
+    global_batch_size: int
+    seed: int
+
+
+def train_adapters(directory: Path, samples: InstructionSamples, settings: LoraSettings, save: Path) -> Path:
+    """Train adapters of all linear layers but the head, keep them, and merge them into a model of the usual form.
+
+    Args:
+        directory: Hugging Face directory of the model, with its tokenizer.
+        samples: what to train on.
+        settings: how.
+        save: ``adapter`` and ``export`` go here.
+
+    Returns:
+        The directory of the merged model, in fp32.
+
+    Raises:
+        UserError: peft is not installed, or there is no model.
+    """
+    if settings.rank < 1:
+        raise UserError(f"--lora-rank {settings.rank} must be 1 or more")
+    if importlib.util.find_spec("peft") is None:  # accelerate, which transformers' Trainer needs, comes with it
+        raise UserError("--lora-rank needs the package peft; pip install peft")
+    import peft
+    import transformers
+
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    transformers.set_seed(settings.seed)
+    model, _ = load_causal_lm(directory)
+    adapters = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=ALPHA_PER_RANK * settings.rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    adapted: Any = peft.get_peft_model(model, adapters)
+    trainer = transformers.Trainer(
+        model=adapted,
+        args=_arguments(settings, save),
+        train_dataset=_InOrder(samples, settings.steps * settings.global_batch_size),
+        data_collator=_collate,
+    )
+    trainer.train()
+    adapted.save_pretrained(str(save / ADAPTER_DIR))
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(str(save / EXPORT_DIR))
+    copy_companions(directory, save / EXPORT_DIR)
+    return save / EXPORT_DIR
+
+
+def _arguments(settings: LoraSettings, save: Path) -> Any:
+    import transformers
+
+    micro = min(settings.global_batch_size, MAX_MICRO_BATCH)
+    while settings.global_batch_size % micro:
+        micro -= 1
+    return transformers.TrainingArguments(
+        output_dir=str(save),
+        max_steps=settings.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.global_batch_size // micro,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(WARMUP_SHARE * settings.steps),
+        weight_decay=0.0,
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",  # the samples come in an order of their own
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+class _InOrder(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """The first so many samples, as tokens ``[S + 1]`` and what of the targets counts ``[S]``."""
+
+    def __init__(self, samples: InstructionSamples, count: int) -> None:
+        self._samples = samples
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._samples.batch(index, 1)[0], self._samples.counted(index, 1)[0]
+
+
+def _collate(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """transformers compares position ``i`` with label ``i + 1`` itself."""
+    tokens = torch.stack([tokens for tokens, _ in rows])
+    counted = torch.stack([counted for _, counted in rows])
+    length = int(counted.any(dim=0).nonzero().max()) + 2
+    labels = tokens.clone()
+    labels[:, 0] = IGNORED
+    labels[:, 1:].masked_fill_(~counted, IGNORED)
+    return {"input_ids": tokens[:, :length], "labels": labels[:, :length]}

@@ -1,0 +1,116 @@
+"""Instruction tuning by the trainer of pruning: the settings that go with it, and what follows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from megatron_prune.checkpoint.run_export import is_run_directory
+from megatron_prune.checkpoint.store import SOURCE_DIR
+from megatron_prune.data.instructions import InstructionSamples, read_instructions, steps_of
+from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.errors import UserError
+
+#: Where the tuned model goes, under the run directory.
+EXPORT_DIR: Final = "export"
+MAX_MICRO_BATCH: Final = 4
+#: One warm-up step in so many.
+WARMUP_SHARE: Final = 0.03
+#: Flags that this module derives; whoever wants to set them all by hand calls pretrain_prune.py.
+DERIVED: Final = ("--config", "--train-iters", "--source", "--load", "--finetune", "--data-path", "--instruction-data")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What to tune and on what.
+
+    Attributes:
+        model: Hugging Face directory, or a run directory, whose newest checkpoint is taken as it is.
+        data: file in Alpaca's format.
+        save: run directory of the tuning.
+        epochs: times around the data.
+        seq_length: longest example in tokens; the rest is cut off.
+        global_batch_size: examples per optimizer step.
+        lr: peak learning rate.
+    """
+
+    model: Path
+    data: Path
+    save: Path
+    epochs: float = 3.0
+    seq_length: int = 512
+    global_batch_size: int = 128
+    lr: float = 2e-5
+
+    @property
+    def source(self) -> Path:
+        """Where config and tokenizer are."""
+        return self.model / SOURCE_DIR if is_run_directory(self.model) else self.model
+
+
+def check(tuning: Tuning, flags: Sequence[str]) -> None:
+    """Refuse what would contradict the settings made here.
+
+    Raises:
+        UserError: says what.
+    """
+    for word in flags:
+        flag = word.split("=", 1)[0].replace("_", "-")
+        if flag in DERIVED:
+            raise UserError(f"{flag} is set by finetune.py itself; drop it, or call pretrain_prune.py with it")
+    if not (math.isfinite(tuning.epochs) and tuning.epochs > 0):
+        raise UserError(f"--epochs {tuning.epochs} must be above 0")
+    if tuning.global_batch_size < 1 or tuning.seq_length < 1:
+        raise UserError("--global-batch-size and --seq-length must both be 1 or more")
+    if not (tuning.source / "config.json").is_file():
+        raise UserError(f"{tuning.model} is neither a Hugging Face model directory nor the --save of a run")
+
+
+def samples_of(tuning: Tuning, vocab_size: int, seed: int = 0) -> InstructionSamples:
+    """The examples as the trainer sees them.
+
+    Raises:
+        UserError: the file or the tokenizer is not as it should be.
+    """
+    tokenizer = load_tokenizer(str(tuning.source))
+    return InstructionSamples(read_instructions(tuning.data), tokenizer, tuning.seq_length, seed, vocab_size)
+
+
+def steps(tuning: Tuning, samples: InstructionSamples) -> int:
+    """Optimizer steps of all epochs."""
+    return steps_of(len(samples), tuning.epochs, tuning.global_batch_size)
+
+
+def trainer_flags(tuning: Tuning, train_iters: int, copies: int, flags: Sequence[str]) -> list[str]:
+    """Flags of ``pretrain_prune.py`` that make the tuning run.
+
+    Args:
+        tuning: what to do.
+        train_iters: optimizer steps.
+        copies: of the model, for the size of a micro-batch.
+        flags: the user's own; what they name is left to them.
+    """
+    values = {
+        "source": tuning.source,
+        "instruction-data": tuning.data,
+        "save": tuning.save,
+        "train-iters": train_iters,
+        "seq-length": tuning.seq_length,
+        "global-batch-size": tuning.global_batch_size,
+        "micro-batch-size": math.gcd(max(1, tuning.global_batch_size // copies), MAX_MICRO_BATCH),
+        "lr": tuning.lr,
+        "lr-warmup-iters": int(WARMUP_SHARE * train_iters),
+        "lr-decay-style": "cosine",
+        "weight-decay": 0.0,
+        "eval-interval": 0,
+        "precision": "bf16" if torch.cuda.is_available() else "fp32",
+    }
+    given = {word.split("=", 1)[0].replace("_", "-") for word in flags if word.startswith("--")}
+    made = [part for name, value in values.items() if f"--{name}" not in given for part in (f"--{name}", str(value))]
+    start = ["--load", str(tuning.model), "--finetune"] if is_run_directory(tuning.model) else []
+    return [*made, *start, *flags]

@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Instruction tuning on Alpaca's JSON format, with the trainer that prunes, from a run directory or a model directory.
+
+    python tools/finetune.py runs/457m --data alpaca.json --save runs/457m-tuned
+    torchrun --nproc-per-node 8 tools/finetune.py exported/457m --data alpaca.json --save runs/457m-tuned
+    python tools/finetune.py exported/457m --data alpaca.json --save runs/457m-tuned \\
+        --generate answers.json --prompts alpaca_eval.json
+
+The loss is taken on the responses only. The tuned model is written to SAVE/export, for stock transformers. The same
+command with the same --save goes on where it stopped. Every other flag of pretrain_prune.py may be given as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_prune.checkpoint.hf import read_architecture
+from megatron_prune.checkpoint.run_export import export_run, model_directory
+from megatron_prune.config import load_config
+from megatron_prune.data.instructions import InstructionSamples, read_instructions
+from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
+from megatron_prune.lora import LoraSettings, train_adapters
+from megatron_prune.parallel.mesh import map_launcher_environment
+from megatron_prune.tuning import EXPORT_DIR, Tuning, check, samples_of, steps, trainer_flags
+
+#: Adapters are few and start at zero: they bear, and need, larger steps.
+LORA_LR = 2e-4
+FULL_LR = 2e-5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tune, export, and answer if asked to.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 75 stopped with a complete checkpoint, 1 anything else.
+    """
+    options, flags = _parser().parse_known_args(argv)
+    if options.lora_rank is None:  # else variables of a launcher would have other libraries make process groups
+        map_launcher_environment(os.environ)
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        if options.prompts is not None and options.generate is None:
+            raise UserError(f"--prompts {options.prompts} is of no use without --generate; give both")
+        tuning = _tuning(options)
+        check(tuning, flags)
+        code = _adapt(tuning, options, flags) if options.lora_rank is not None else _train(tuning, flags, is_main)
+        if code or not is_main:
+            return code
+        if options.generate is not None:
+            _generate(tuning, options.generate, options.prompts, options.max_new_tokens)
+    except MegatronPruneError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run directory, or Hugging Face model directory")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON: instruction, input, output")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run directory of the tuning")
+    parser.add_argument("--epochs", type=float, default=Tuning.epochs, help="times around the data (default: 3)")
+    parser.add_argument("--seq-length", type=int, default=Tuning.seq_length, help="longest example (default: 512)")
+    parser.add_argument(
+        "--global-batch-size", type=int, default=Tuning.global_batch_size, help="examples per step (default: 128)"
+    )
+    parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {FULL_LR:g}; with LoRA {LORA_LR:g})")
+    parser.add_argument("--lora-rank", type=int, metavar="R", help="train adapters by peft instead, in one process")
+    parser.add_argument("--generate", type=Path, metavar="FILE", help="then write responses in AlpacaEval's format")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="instructions to respond to (default: --data's)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest response (default: 256)")
+    return parser
+
+
+def _tuning(options: argparse.Namespace) -> Tuning:
+    default = FULL_LR if options.lora_rank is None else LORA_LR
+    return Tuning(
+        model=options.model,
+        data=options.data,
+        save=options.save,
+        epochs=options.epochs,
+        seq_length=options.seq_length,
+        global_batch_size=options.global_batch_size,
+        lr=default if options.lr is None else options.lr,
+    )
+
+
+def _train(tuning: Tuning, flags: Sequence[str], is_main: bool) -> int:
+    """All parameters, by the trainer, on as many processes as there are."""
+    from megatron_prune import pretrain
+
+    samples = samples_of(tuning, read_architecture(tuning.source).vocab_size)
+    train_iters = steps(tuning, samples)
+    settings = load_config(trainer_flags(tuning, train_iters, 1, flags))
+    if is_main:
+        _describe(tuning, samples, train_iters)
+    copies = max(1, int(os.environ["WORLD_SIZE"]) // settings.parallel.model_parallel_size)
+    code = pretrain.main(trainer_flags(tuning, train_iters, copies, flags))
+    if code == 0 and is_main and not settings.run.dry_run:
+        done = export_run(tuning.save, tuning.save / EXPORT_DIR)
+        print(f"{done.report.directory}: {done.report.hf_class}, verified, ready for transformers", flush=True)
+    return code
+
+
+def _adapt(tuning: Tuning, options: argparse.Namespace, flags: Sequence[str]) -> int:
+    if flags:
+        raise UserError(f"{flags[0]} goes to the trainer, which --lora-rank does not use; drop it")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--lora-rank works in one process; start it with plain python")
+    model = model_directory(tuning.model)
+    samples = samples_of(tuning, read_architecture(model).vocab_size)
+    train_iters = steps(tuning, samples)
+    _describe(tuning, samples, train_iters)
+    settings = LoraSettings(options.lora_rank, tuning.lr, train_iters, tuning.global_batch_size, seed=0)
+    merged = train_adapters(model, samples, settings, tuning.save)
+    print(f"{merged}: adapters of rank {options.lora_rank} merged, ready for transformers", flush=True)
+    return 0
+
+
+def _describe(tuning: Tuning, samples: InstructionSamples, train_iters: int) -> None:
+    notes = f", {samples.shortened} responses cut off" if samples.shortened else ""
+    notes += f", {samples.dropped} left out: no room for a response" if samples.dropped else ""
+    print(
+        f"{len(samples)} examples of at most {tuning.seq_length} tokens{notes}; {tuning.epochs:g} epochs in "
+        f"{train_iters} steps of {tuning.global_batch_size}",
+        flush=True,
+    )
+
+
+def _generate(tuning: Tuning, target: Path, prompts: Path | None, max_new_tokens: int) -> None:
+    from megatron_prune.generation import printer, respond, write_alpaca_eval
+
+    instructions = read_instructions(prompts or tuning.data, with_output=False)
+    responses = respond(tuning.save / EXPORT_DIR, instructions, max_new_tokens, progress=printer("responses"))
+    write_alpaca_eval(target, instructions, responses, tuning.save.name)
+    print(f"{target}: {len(responses)} responses", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
