@@ -1,0 +1,73 @@
+"""The trainer's flags that make an instruction tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.config import load_config, validate_config
+from megatron_prune.errors import UserError
+from megatron_prune.tuning import Tuning, check, trainer_flags
+
+
+def model_directory(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def test_defaults_are_what_the_trainer_accepts_and_the_user_s_flags_win(tmp_path: Path) -> None:
+    tuning = Tuning(model_directory(tmp_path), tmp_path / "data.json", tmp_path / "save")
+    check(tuning, [])
+    config = load_config(trainer_flags(tuning, 1219, 4, []))
+    validate_config(config, 4)
+    assert (config.train.train_iters, config.optim.lr_warmup_iters, config.optim.lr) == (1219, 36, 2e-5)
+    assert (config.optim.lr_decay_style, config.optim.weight_decay, config.run.finetune) == ("cosine", 0.0, False)
+    own = load_config(trainer_flags(tuning, 1219, 4, ["--micro_batch_size=2", "--weight-decay", "0.1"]))
+    assert (own.train.micro_batch_size, own.optim.weight_decay) == (2, 0.1)
+
+
+def test_a_run_directory_is_taken_in_the_shape_it_has(tmp_path: Path) -> None:
+    for name in ("checkpoints", "source"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "source" / "config.json").write_text("{}")
+    tuning = Tuning(tmp_path / "run", tmp_path / "data.json", tmp_path / "save")
+    check(tuning, [])
+    config = load_config(trainer_flags(tuning, 10, 1, []))
+    assert config.run.finetune
+    assert config.run.load == str(tmp_path / "run")
+    assert config.model.source == str(tmp_path / "run" / "source")
+
+
+@pytest.mark.parametrize(("batch", "copies", "expected"), [(128, 4, 4), (8, 4, 2), (6, 2, 1), (12, 1, 4), (1, 4, 1)])
+def test_micro_batches_divide_a_copy_s_share(tmp_path: Path, batch: int, copies: int, expected: int) -> None:
+    tuning = Tuning(tmp_path, tmp_path, tmp_path, global_batch_size=batch)
+    assert load_config(trainer_flags(tuning, 10, copies, [])).train.micro_batch_size == expected
+
+
+@pytest.mark.parametrize("flag", ["--train-iters", "--data_path=x", "--config"])
+def test_flags_that_would_contradict(tmp_path: Path, flag: str) -> None:
+    with pytest.raises(UserError, match="is set by finetune.py itself"):
+        check(Tuning(model_directory(tmp_path), tmp_path, tmp_path), [flag])
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a Hugging Face model directory nor the --save of a run"):
+        check(Tuning(tmp_path, tmp_path, tmp_path), [])
+    with pytest.raises(UserError, match="--epochs 0 must be above 0"):
+        check(Tuning(model_directory(tmp_path), tmp_path, tmp_path, epochs=0), [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-path", "x"], "takes the place of --data-path"),
+        (["--eval-interval", "5"], "has no validation part"),
+        (["--distill-weight", "0.5"], "--distill-weight does not go with"),
+    ],
+)
+def test_what_does_not_go_with_instructions(flags: list[str], message: str) -> None:
+    given = ["--instruction-data", "x.json", "--source", "m", "--save", "s", "--train-iters", "1000"]
+    with pytest.raises(UserError, match=message):
+        validate_config(load_config([*given, "--eval-interval", "0", *flags]), 1)

@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""Zero-shot scores of a model by lm-evaluation-harness, as a row of the paper's table beside its published rows.
+
+    python tools/evaluate.py runs/457m                       # a run directory: its newest checkpoint
+    python tools/evaluate.py exported/457m --mmlu --output scores.json
+    python tools/evaluate.py exported/457m --suite offline   # no hub needed
+    python tools/evaluate.py exported/457m --task-dir my_tasks
+
+The suite `commonsense` is the paper's seven tasks. `offline` asks cloze questions made of Python's standard library,
+which every machine has. The default, `auto`, is commonsense where its data can be loaded and offline where not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_prune.checkpoint.run_export import model_directory
+from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
+from megatron_prune.evaluation.harness import DataMissing, Scores, evaluate, prepare_environment, tasks_in
+from megatron_prune.evaluation.offline import write_offline_tasks
+from megatron_prune.evaluation.published import COMMON_SENSE, MMLU
+from megatron_prune.evaluation.report import paper_row, paper_table, plain_row, table
+
+SUITES = ("auto", "commonsense", "offline")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate; returns the exit code: 0, 2 for bad input, 1 anything else."""
+    options = _parser().parse_args(argv)
+    try:
+        _evaluate(options)
+    except MegatronPruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run directory, or Hugging Face model directory")
+    parser.add_argument("--suite", choices=SUITES, default="auto", help="what to ask (default: auto, see above)")
+    parser.add_argument("--mmlu", action="store_true", help="MMLU in cloze form as well")
+    parser.add_argument("--task-dir", type=Path, metavar="DIR", help="run the lm-eval task files of DIR instead")
+    parser.add_argument("--keep-tasks", type=Path, metavar="DIR", help="keep the offline suite's task files in DIR")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences at once (default: 16)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task, for a trial")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write everything lm-eval found as JSON")
+    return parser
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
+        raise UserError("--batch-size and --limit must be 1 or more")
+    online = prepare_environment()
+    directory = model_directory(options.model)
+    if directory != options.model:
+        print(f"evaluating {directory}, the run's newest checkpoint", flush=True)
+    if options.task_dir is not None:
+        tasks = (*tasks_in(options.task_dir), *((MMLU[0],) if options.mmlu else ()))
+        scores = evaluate(directory, tasks, options.task_dir, options.batch_size, options.limit)
+        _report(options, str(options.task_dir), scores)
+        return
+    if options.suite != "offline":
+        tasks = (*(task for task, _ in COMMON_SENSE.values()), *((MMLU[0],) if options.mmlu else ()))
+        try:
+            _report(options, "commonsense", evaluate(directory, tasks, None, options.batch_size, options.limit))
+            return
+        except DataMissing as error:
+            if options.suite == "commonsense" or options.mmlu:
+                raise
+            why = "" if online else "; the hub does not answer"
+            print(f"suite offline, because {str(error).split(';', 1)[0]}{why}", flush=True)
+    _offline(options, directory)
+
+
+def _offline(options: argparse.Namespace, directory: Path) -> None:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        task_dir = Path(options.keep_tasks or scratch)
+        tasks = write_offline_tasks(task_dir)
+        scores = evaluate(directory, tasks, task_dir, options.batch_size, options.limit)
+    _report(options, "offline", scores)
+    print("Share of right answers among four, in percent: 25 is chance. Questions made of the end of Python's standard")
+    print("library; they rank models that were trained on such text, and say nothing about others.")
+
+
+def _report(options: argparse.Namespace, suite: str, scores: Scores) -> None:
+    known = {task for task, _ in COMMON_SENSE.values()} | {MMLU[0]}
+    name = options.model.name or str(options.model)
+    if known & scores.tasks.keys():
+        row = paper_row(scores)
+        lines = paper_table(name, row, scores.parameters)
+    else:
+        row = plain_row(scores)
+        lines = table([(name, row)], list(row))
+    print("\n".join(lines), flush=True)
+    if options.output is not None:
+        _write(options.output, str(options.model), suite, row, scores)
+
+
+def _write(path: Path, model: str, suite: str, row: Mapping[str, float], scores: Scores) -> None:
+    content = {
+        "model": model,
+        "suite": suite,
+        "parameters": scores.parameters,
+        "lm_eval": scores.version,
+        "row": row,
+        "tasks": scores.tasks,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
