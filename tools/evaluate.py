@@ -84,8 +84,8 @@ def _offline(options: argparse.Namespace, directory: Path) -> None:
         tasks = write_offline_tasks(task_dir)
         scores = evaluate(directory, tasks, task_dir, options.batch_size, options.limit)
     _report(options, "offline", scores)
-    print("Share of right answers among four, in percent: 25 is chance. Questions made of the end of Python's standard")
-    print("library; they rank models that were trained on such text, and say nothing about others.")
+    print("Percent of right answers of four; questions made of the end of Python's standard library. They rank models")
+    print("that were trained on such text, and say nothing about others.")
 
 
 def _report(options: argparse.Namespace, suite: str, scores: Scores) -> None:

@@ -125,7 +125,6 @@ def evaluate(
         num_fewshot=0,
         limit=limit,
         log_samples=False,
-        bootstrap_iters=0,
         task_manager=manager,
     )
     assert found is not None, "only ranks other than the first get nothing"
@@ -141,8 +140,8 @@ def _load(manager: Any, tasks: Sequence[str]) -> list[Any]:
             found = manager.load([name])
         except (OSError, ValueError) as error:  # the kinds of datasets and of the hub's client
             raise DataMissing(
-                f"the data of task {name} is not here and cannot be fetched ({_first_line(error)}); load it where there "
-                "is a network and bring HF_HOME along, give --task-dir with tasks of your own, or --suite offline"
+                f"the data of task {name} is not here and cannot be fetched ({_first_line(error)}); load it where a "
+                "network is and bring HF_HOME along, give --task-dir with tasks of your own, or --suite offline"
             ) from error
         loaded += [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
     return loaded

@@ -31,7 +31,9 @@ class Characters(Tokenizer):
 EXAMPLE = Instruction("Add", "1 2", "3!")
 
 
-def samples(examples: list[Instruction], seq_length: int = 64, seed: int = 1, vocab_size: int = 128) -> InstructionSamples:
+def samples(
+    examples: list[Instruction], seq_length: int = 64, seed: int = 1, vocab_size: int = 128
+) -> InstructionSamples:
     return InstructionSamples(examples, Characters(), seq_length, seed, vocab_size)
 
 
@@ -96,7 +98,9 @@ def test_a_token_outside_the_vocabulary() -> None:
         samples([EXAMPLE], vocab_size=100)
 
 
-@pytest.mark.parametrize(("examples", "epochs", "batch", "expected"), [(52000, 3, 128, 1219), (5, 3, 128, 1), (8, 2, 4, 4)])
+@pytest.mark.parametrize(
+    ("examples", "epochs", "batch", "expected"), [(52000, 3, 128, 1219), (5, 3, 128, 1), (8, 2, 4, 4)]
+)
 def test_steps(examples: int, epochs: float, batch: int, expected: int) -> None:
     assert steps_of(examples, epochs, batch) == expected
 
@@ -119,7 +123,10 @@ def test_reading(tmp_path: Path) -> None:
         ("[]", "holds no instruction"),
         ("", "holds no instruction"),
         ("[1]", "entry 1 has no text under 'instruction'"),
-        ('[{"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}]', "entry 2 has no text under 'output'"),
+        (
+            '[{"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}]',
+            "entry 2 has no text under 'output'",
+        ),
         ("nonsense", "is no file of instructions"),
     ],
 )

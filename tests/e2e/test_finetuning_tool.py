@@ -1,0 +1,167 @@
+"""``tools/finetune.py`` from start to answers: a model follows a format that it did not know."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_prune.data.instructions import Instruction, read_instructions
+from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.generation import respond
+from megatron_prune.lora import LoraSettings, _collate, train_adapters
+from megatron_prune.model.pipeline import IGNORED
+
+Main = Callable[[Sequence[str]], int]
+NEW_TOKENS = 24
+#: Long enough for most of the answers to be right to the letter, which the number in the question decides.
+EPOCHS = 8
+RIGHT = 0.5
+
+
+@pytest.fixture(scope="module")
+def finetune(repo_root: Path) -> Main:
+    main: Main = runpy.run_path(str(repo_root / "tools" / "finetune.py"))["main"]
+    return main
+
+
+@pytest.fixture(scope="module")
+def demo(repo_root: Path) -> Path:
+    return repo_root / "examples" / "demo"
+
+
+def answer(instruction: str) -> str:
+    """What the demo's instructions teach."""
+    verb, sign = next(
+        pair for pair in (("add", "+"), ("subtract", "-"), ("multi", "*"), ("divide", "/")) if pair[0] in instruction
+    )
+    number = next(word for word in instruction.strip(".").split() if word.isdigit())
+    name = {"multi": "multiply"}.get(verb, verb)
+    return f"def {name}(value):\n    return value {sign} {number}"
+
+
+def test_the_demo_s_data_is_as_the_answers_are_judged(demo: Path) -> None:
+    examples = read_instructions(demo / "instructions.json")
+    assert all(example.output == answer(example.instruction) for example in examples)
+    prompts = read_instructions(demo / "prompts.json", with_output=False)
+    assert not {prompt.instruction for prompt in prompts} & {example.instruction for example in examples}
+
+
+def test_a_tuned_model_follows_instructions_it_was_not_shown(
+    finetune: Main, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = read_instructions(demo / "prompts.json", with_output=False)
+    before = respond(demo / "source", prompts, NEW_TOKENS)
+    assert not any(text.startswith("def ") for text in before)
+
+    words = [str(demo / "source"), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "tuned")]
+    words += ["--epochs", str(EPOCHS), "--global-batch-size", "8", "--lr", "3e-3", "--seq-length", "128"]
+    words += ["--generate", str(tmp_path / "answers.json"), "--prompts", str(demo / "prompts.json")]
+    words += ["--max-new-tokens", str(NEW_TOKENS)]
+    assert finetune(words) == 0
+    assert "84 examples of at most 128 tokens; 8 epochs in 84 steps of 8" in capsys.readouterr().out
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert [entry["instruction"] for entry in answers] == [prompt.instruction for prompt in prompts]
+    assert {entry["generator"] for entry in answers} == {"tuned"}
+    assert all(entry.keys() == {"instruction", "output", "generator"} for entry in answers)
+    right = [entry["output"] == answer(entry["instruction"]) for entry in answers]
+    assert sum(right) >= RIGHT * len(right), answers
+
+    assert finetune(words) == 0  # all steps are done: it only answers again
+    again = capsys.readouterr().out
+    assert "resuming" in again
+    assert "step 1/84" not in again
+    assert json.loads((tmp_path / "answers.json").read_text()) == answers
+
+
+@pytest.fixture(scope="module")
+def tiny(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of random weights with the demo's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo / "source" / name, directory)
+    return directory
+
+
+def test_adapters_change_the_model_and_are_merged(
+    finetune: Main, tiny: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    words = [
+        str(tiny),
+        "--data",
+        str(demo / "instructions.json"),
+        "--save",
+        str(tmp_path / "adapted"),
+        "--lora-rank",
+        "2",
+    ]
+    assert finetune([*words, "--epochs", "0.5", "--global-batch-size", "6"]) == 0
+    assert "adapters of rank 2 merged" in capsys.readouterr().out
+    before = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "adapted" / "export").state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {name for name in before if "_proj" in name}
+    assert (tmp_path / "adapted" / "adapter" / "adapter_model.safetensors").exists()
+    assert load_tokenizer(str(tmp_path / "adapted" / "export")).eod_id == load_tokenizer(str(tiny)).eod_id
+    assert finetune([*words, "--precision", "fp32"]) == 2
+    assert "--precision goes to the trainer, which --lora-rank does not use" in capsys.readouterr().err
+
+
+def test_adapters_see_the_same_targets_as_the_trainer() -> None:
+    tokens = torch.arange(14).reshape(2, 7)
+    counted = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]], dtype=torch.bool)
+    batch = _collate(list(zip(tokens, counted, strict=True)))
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]]
+    skip = IGNORED
+    assert batch["labels"].tolist() == [[skip, skip, 2, 3, skip], [skip, skip, skip, skip, 11]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompts", "p.json"], "--prompts p.json is of no use without --generate"),
+        (["--train-iters", "5"], "--train-iters is set by finetune.py itself"),
+        (["--lerning-rate", "5"], "unknown flag --lerning-rate"),
+        (["--lora-rank", "0"], "--lora-rank 0 must be 1 or more"),
+    ],
+)
+def test_mistakes(
+    finetune: Main,
+    tiny: Path,
+    demo: Path,
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "save")]
+    assert finetune([*given, *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_missing_library_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from megatron_prune.data.instructions import InstructionSamples
+    from megatron_prune.errors import UserError
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    samples = InstructionSamples([Instruction("a", "", "b")], load_tokenizer(str(tiny)), 64, 0, 2048)
+    with pytest.raises(UserError, match="pip install peft"):
+        train_adapters(tiny, samples, LoraSettings(2, 1e-3, 1, 1, 0), tmp_path)
