@@ -20,7 +20,7 @@ from megatron_prune.checkpoint.hf import copy_companions
 from megatron_prune.data.instructions import InstructionSamples
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.scoring import load_causal_lm
-from megatron_prune.model.pipeline import IGNORED
+from megatron_prune.parallel.linear_loss import IGNORED
 from megatron_prune.tuning import EXPORT_DIR, MAX_MICRO_BATCH, WARMUP_SHARE
 
 ADAPTER_DIR: Final = "adapter"

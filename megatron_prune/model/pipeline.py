@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Final, cast
+from typing import cast
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -18,14 +18,12 @@ from megatron_prune.model.transformer import DecoderLayer, LMHead
 from megatron_prune.ops.dispatch import Ops
 from megatron_prune.parallel.distill_loss import Guide, linear_distillation
 from megatron_prune.parallel.layers import TensorParallel
-from megatron_prune.parallel.linear_loss import linear_cross_entropy
+from megatron_prune.parallel.linear_loss import IGNORED, linear_cross_entropy
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.parallel.partition import DEAD, Partition, is_split, live
 from megatron_prune.parallel.vocab import VocabParallelEmbedding
 
 TIED_KEY = "embed_tokens"
-#: A next token that does not count in the loss.
-IGNORED: Final = -100
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,8 @@ from megatron_prune.parallel.vocab import local_rows
 #: Bytes of logits that exist at a time: large enough for full-speed products, small beside the activations.
 CHUNK_BYTES: Final = {"cpu": 96 << 20, "cuda": 512 << 20}
 LEAST_CHUNK: Final = 128  # tokens
+#: A label that does not count, for those who choose what goes into a loss; no function here takes it.
+IGNORED: Final = -100
 
 #: Turns a chunk's logits ``[n, valid]`` into the gradient of the sum of its tokens' losses in place, and gives these
 #: losses ``[n]``; the slice says which tokens they are.

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_prune.model.pipeline import IGNORED
+from megatron_prune.parallel.linear_loss import IGNORED
 from megatron_prune.parallel.mesh import Mesh
 
 #: ``tokens [B, S]`` and what :func:`~megatron_prune.model.pipeline.build_pipeline`'s loss compares with.

@@ -13,7 +13,7 @@ from layout_runs import Layout, Runs, Source, assert_same_curves, assert_same_we
 
 from megatron_prune.data.instructions import InstructionSamples, read_instructions
 from megatron_prune.data.tokenizer import load_tokenizer
-from megatron_prune.training.batches import IGNORED
+from megatron_prune.parallel.linear_loss import IGNORED
 
 CHARACTERS = "\n #:-" + "".join(chr(code) for code in (*range(48, 58), *range(65, 91), *range(97, 123)))
 SEQ_LENGTH = 64

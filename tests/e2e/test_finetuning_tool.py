@@ -15,7 +15,7 @@ from megatron_prune.data.instructions import Instruction, read_instructions
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.generation import respond
 from megatron_prune.lora import LoraSettings, _collate, train_adapters
-from megatron_prune.model.pipeline import IGNORED
+from megatron_prune.parallel.linear_loss import IGNORED
 
 Main = Callable[[Sequence[str]], int]
 NEW_TOKENS = 24

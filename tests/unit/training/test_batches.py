@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_prune.model.pipeline import IGNORED
+from megatron_prune.parallel.linear_loss import IGNORED
 from megatron_prune.training.batches import Batches
 
 SEQ_LENGTH = 12
