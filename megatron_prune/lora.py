@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -66,6 +67,8 @@ def train_adapters(directory: Path, samples: InstructionSamples, settings: LoraS
         raise UserError(f"--lora-rank {settings.rank} must be 1 or more")
     if importlib.util.find_spec("peft") is None:  # accelerate, which transformers' Trainer needs, comes with it
         raise UserError("--lora-rank needs the package peft; pip install peft")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would warn of finding none
     import peft
     import transformers
 
