@@ -1,36 +1,59 @@
-"""Draw a run: saliency (the paper's Figure 5), shape, loss and throughput, as PNG.
+"""Draw a run: the paper's Figure 5, shape, loss and throughput as PNG, or everything on one page of HTML.
 
-    python tools/plot_run.py runs/457m                    # writes runs/457m/plots/*.png
+    python tools/plot_run.py runs/457m                     # writes runs/457m/plots/*.png
     python tools/plot_run.py runs/457m --output pictures
+    python tools/plot_run.py runs/457m --html              # writes runs/457m/plots/run.html, and no PNG
+    python tools/plot_run.py runs/457m --html run.html --watch 30
 
-Works on a run in progress too.
+Works on a run in progress too. The page needs no server and no network: open the file in a browser, copy it, mail it.
+Under --watch it is written again every so many seconds, and loads itself again, until the run ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prune.errors import EXIT_BAD_INPUT, UserError
+
+HTML_FILE = "run.html"
+#: Of Python processes that end on Ctrl-C.
+EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, draw, print the paths.
 
     Returns:
-        The exit code: 0, or 2 when the directory is no run or matplotlib is missing.
+        The exit code: 0; 2 when the directory is no run or matplotlib is missing; 130 on Ctrl-C.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's --save directory")
-    parser.add_argument("--output", type=Path, default=None, metavar="DIR", help="default: RUN_DIR/plots")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the PNGs go (default: RUN_DIR/plots)")
+    parser.add_argument(
+        "--html", type=Path, nargs="?", const=Path(), metavar="FILE", help="a page (default: RUN_DIR/plots/run.html)"
+    )
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="with --html: write it again while the run goes")
     options = parser.parse_args(arguments)
     try:
-        _draw(options.run_dir, options.output or options.run_dir / "plots")
+        if options.html is None:
+            if options.watch is not None:
+                raise UserError(f"--watch {options.watch:g} keeps an HTML page up to date; add --html")
+            _draw(options.run_dir, options.output or options.run_dir / "plots")
+        else:
+            if options.output is not None:
+                raise UserError(f"--output {options.output} is for PNGs and --html writes none; name the page's FILE")
+            default = options.run_dir / "plots" / HTML_FILE
+            _write_html(options.run_dir, default if options.html == Path() else options.html, options.watch)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return 0
 
 
@@ -46,6 +69,33 @@ def _draw(run_dir: Path, output: Path) -> None:
         print("nothing was pruned in this run: no saliency and no shape to draw")
     for path in plot_run(records, output):
         print(path)
+
+
+def _write_html(run_dir: Path, file: Path, seconds: float | None) -> None:
+    """Once, or until the run ends."""
+    from megatron_prune.report_page.page import write_page
+    from megatron_prune.report_page.records import read_run
+
+    if seconds is not None and not (math.isfinite(seconds) and seconds >= 1):
+        raise UserError(f"--watch {seconds:g} must be a number of seconds, 1 or more")
+    if file.is_dir():
+        raise UserError(f"--html {file} is a directory; name a file in it")
+    first = True
+    while True:
+        run = read_run(run_dir)
+        try:
+            write_page(run, file, seconds)
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"--html {file} cannot be written ({why}); give another file") from error
+        if first:
+            print(file, flush=True)
+        if seconds is None or run.state.name != "running":
+            if seconds is not None:
+                print(f"{run.state.name}: {run.state.why}")
+            return
+        first = False
+        time.sleep(seconds)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ class Metrics(_Callback):
             "lr": record.lr,
             "tokens_per_second": speed.tokens_per_second,
             "mfu": speed.mfu,
+            "memory_bytes": _peak_memory(trainer.mesh.device),
             "parameters": arch.num_parameters(),
             **shape_of(arch),
             "scores": self._scores,
@@ -130,6 +131,15 @@ class Metrics(_Callback):
             eta_seconds=self._eta.seconds(config.train.train_iters - progress.step),
         )
         self._reporter.log(line, status)
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """The most that tensors of this process took on its GPU since the last call, in bytes; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 class Validation(_Callback):

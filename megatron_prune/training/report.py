@@ -30,7 +30,7 @@ class Reporter:
     """Reports on the main process; on all others every call does nothing.
 
     A record of :meth:`log` is a metrics line as it is: ``step`` (optimizer steps done), ``tokens``, ``loss``,
-    ``grad_norm``, ``lr``, ``tokens_per_second``, ``mfu`` (0 to 1), ``parameters``, ``hidden_size``,
+    ``grad_norm``, ``lr``, ``tokens_per_second``, ``mfu`` (0 to 1), ``memory_bytes``, ``parameters``, ``hidden_size``,
     ``ffn_hidden_size``, ``num_attention_heads``, ``scores`` (by type) and ``skipped``; a validation line has
     ``val_loss``. Only ``step`` must be there. JSON has no NaN and no infinity: both are written as null.
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prune.errors import UserError
 
 LOCK_FILE = ".lock"
+#: After which a lock is tried once more: :func:`lock_owner` holds it for a moment.
+RETRY_SECONDS = 0.2
 
 
 @contextlib.contextmanager
@@ -33,7 +37,11 @@ def locked(run_dir: Path | None) -> Iterator[None]:
         file = (run_dir / LOCK_FILE).open("a+")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(RETRY_SECONDS)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             owner = " ".join(file.read(200).split()) or "of unknown name"
@@ -48,6 +56,33 @@ def locked(run_dir: Path | None) -> Iterator[None]:
             file.write(f"{socket.gethostname()}, pid {os.getpid()}")
             file.flush()
         yield
+
+
+@dataclasses.dataclass(frozen=True)
+class LockOwner:
+    """Who has, or last had, a run directory.
+
+    Attributes:
+        name: host and process id, as :func:`locked` wrote them.
+        held: whether a process has it now, as far as this machine can tell.
+    """
+
+    name: str
+    held: bool
+
+
+def lock_owner(run_dir: Path) -> LockOwner | None:
+    """Who has, or last had, a run directory; None if nobody ever locked it or the file cannot be read."""
+    try:
+        with (run_dir / LOCK_FILE).open() as file:
+            name = " ".join(file.read(200).split()) or "a process of unknown name"
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return LockOwner(name, held=True)
+            return LockOwner(name, held=False)
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ LAYER = {
     "generation": 6,
     "pretrain": 6,
     "plotting": 6,
+    "report_page": 6,
 }
 MAX_LINES = 600
 #: Parts that must stay usable, and readable, without the engine.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from matplotlib.image import imread
 
 from megatron_prune.plotting import read_run, source_widths
+from megatron_prune.training.run_dir import locked
 
 WIDTHS = {"attention": "num_attention_heads", "ffn": "ffn_hidden_size", "stem": "hidden_size"}
 STEP_TOKENS = 8192
@@ -108,6 +111,69 @@ def test_not_a_run_is_one_line_and_exit_2(
     assert "no metrics.jsonl" in captured.err
     assert str(tmp_path) in captured.err
     assert not (tmp_path / "plots").exists()
+
+
+class TestHtml:
+    """The page itself is tested in tests/unit/report_page."""
+
+    def test_a_page_and_no_picture(
+        self, tmp_path: Path, plot_run_main: Main, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        make_run(tmp_path)
+        assert plot_run_main([str(tmp_path), "--html"]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / 'plots' / 'run.html'}\n"
+        assert [path.name for path in (tmp_path / "plots").iterdir()] == ["run.html"]
+        assert plot_run_main([str(tmp_path), "--html", str(tmp_path / "own.html")]) == 0
+        assert (tmp_path / "own.html").read_text().startswith("<!DOCTYPE html>")
+
+    def test_watching_ends_with_the_run(
+        self, tmp_path: Path, plot_run_main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_dir, page = tmp_path / "run", tmp_path / "run.html"
+        make_run(run_dir, pruned=False)
+        pages: list[str] = []
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(locked(run_dir))
+
+            def between(seconds: float) -> None:
+                assert seconds == 7
+                pages.append(page.read_text())
+                if len(pages) == 2:
+                    lock.close()
+                    (run_dir / ".lock").unlink()
+
+            monkeypatch.setattr(time, "sleep", between)
+            assert plot_run_main([str(run_dir), "--html", str(page), "--watch", "7"]) == 0
+        assert len(pages) == 2
+        assert all('http-equiv="refresh" content="7"' in text for text in pages)
+        assert "refresh" not in page.read_text()
+        assert capsys.readouterr().out.startswith(f"{page}\nstopped: at step 400")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--watch", "5"], "add --html"),
+            (["--html", "--watch", "0.5"], "--watch 0.5 must be"),
+            (["--html", "--watch", "nan"], "--watch nan must be"),
+            (["--html", "page.html", "--output", "pictures"], "--output pictures is for PNGs"),
+            (["--html", "."], "is a directory"),
+        ],
+    )
+    def test_a_mistake_is_one_line(
+        self,
+        tmp_path: Path,
+        plot_run_main: Main,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        flags: list[str],
+        message: str,
+    ) -> None:
+        make_run(tmp_path / "run", steps=40)
+        monkeypatch.chdir(tmp_path / "run")
+        assert plot_run_main([".", *flags]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_torn_last_lines_are_left_out(tmp_path: Path) -> None:

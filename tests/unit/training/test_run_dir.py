@@ -6,13 +6,14 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_prune.errors import UserError
-from megatron_prune.training.run_dir import locked, replace_text, writing
+from megatron_prune.training.run_dir import lock_owner, locked, replace_text, writing
 
 
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
@@ -46,6 +47,26 @@ def test_a_file_system_without_locks_is_a_note(
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with locked(tmp_path):
         assert capsys.readouterr().err.startswith(f"note: {tmp_path} cannot be locked")
+
+
+def test_who_has_it(tmp_path: Path) -> None:
+    assert lock_owner(tmp_path) is None
+    with locked(tmp_path):
+        owner = lock_owner(tmp_path)
+        assert owner is not None
+        assert owner.held
+        assert owner.name.endswith(f", pid {os.getpid()}")
+    owner = lock_owner(tmp_path)
+    assert owner is not None
+    assert not owner.held
+
+
+def test_a_look_at_that_moment_refuses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / ".lock").open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+        with locked(tmp_path):
+            assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 
 def test_no_directory_has_no_lock() -> None:
