@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's --save directory")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the PNGs go (default: RUN_DIR/plots)")
     parser.add_argument(
-        "--html", type=Path, nargs="?", const=Path(), metavar="FILE", help="a page (default: RUN_DIR/plots/run.html)"
+        "--html", nargs="?", const="", metavar="FILE", help="a page (default: RUN_DIR/plots/run.html)"
     )
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="with --html: write it again while the run goes")
     options = parser.parse_args(arguments)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.output is not None:
                 raise UserError(f"--output {options.output} is for PNGs and --html writes none; name the page's FILE")
             default = options.run_dir / "plots" / HTML_FILE
-            _write_html(options.run_dir, default if options.html == Path() else options.html, options.watch)
+            _write_html(options.run_dir, Path(options.html) if options.html else default, options.watch)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
