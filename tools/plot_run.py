@@ -31,12 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 when the directory is no run or matplotlib is missing; 130 on Ctrl-C.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's --save directory")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the PNGs go (default: RUN_DIR/plots)")
-    parser.add_argument(
-        "--html", nargs="?", const="", metavar="FILE", help="a page (default: RUN_DIR/plots/run.html)"
-    )
+    parser.add_argument("--html", nargs="?", const="", metavar="FILE", help="a page (default: RUN_DIR/plots/run.html)")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="with --html: write it again while the run goes")
     options = parser.parse_args(arguments)
     try:

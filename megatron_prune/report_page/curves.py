@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -223,9 +224,12 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], 
 
 
 def _running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """Mean of the last ``window`` values, gaps left out."""
+    """Mean of the last ``window`` values, gaps left out, in one pass."""
+    sums = list(itertools.accumulate((value or 0.0 for value in values), initial=0.0))
+    counts = list(itertools.accumulate((value is not None for value in values), initial=0))
     means: list[float | None] = []
     for end in range(1, len(values) + 1):
-        there = [value for value in values[max(0, end - window) : end] if value is not None]
-        means.append(sum(there) / len(there) if there else None)
+        first = max(0, end - window)
+        there = counts[end] - counts[first]
+        means.append((sums[end] - sums[first]) / there if there else None)
     return means

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def test_thinning_keeps_order_ends_and_extremes(values: list[float | None], most
 def test_a_gap_stays_one() -> None:
     values: list[float | None] = [1.0] * 100 + [None] * 100 + [2.0] * 100
     assert None in thinned(list(map(float, range(300))), values, 20)[1]
+
+
+def test_the_running_mean_leaves_gaps_out(run: Run) -> None:
+    lines = [{"step": step, "tokens": step, "loss": None if step % 7 == 0 else step % 5} for step in range(1, 501)]
+    mean = next(chart for chart in charts(dataclasses.replace(run, training=lines)) if chart.id == "loss").curves[1]
+    losses = [line["loss"] for line in lines]
+    for end in (1, 9, 10, 11, 500):
+        there = [loss for loss in losses[max(0, end - 10) : end] if loss is not None]
+        assert mean.y[end - 1] == pytest.approx(sum(there) / len(there))
 
 
 def test_curves_are_the_files_numbers(run: Run) -> None:

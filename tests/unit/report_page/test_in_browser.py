@@ -16,9 +16,8 @@ from megatron_prune.report_page.records import read_run
 from megatron_prune.training.run_dir import locked
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-CURVES = (
-    "shape-attention shape-ffn shape-stem parameters saliency loss throughput memory learning-rate gradient"
-).split()
+SHAPE = ("shape-attention", "shape-ffn", "shape-stem", "parameters")
+CURVES = (*SHAPE, "saliency", "loss", "throughput", "memory", "learning-rate", "gradient")
 MAPS = {"map-heads": 12 * 12, "map-ffn": 12 * 64, "map-stem": 96}
 SIZE = (1280, 3600)
 
