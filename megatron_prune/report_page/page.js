@@ -179,9 +179,10 @@
   function mapKey(map, binned) {
     const ramp = `<svg class="ramp" style="width:90px;background:linear-gradient(to right,${gone(0.25)},${gone(1)})"></svg>`;
     const kept = '<svg viewBox="0 0 12 10" style="width:12px"><rect width="12" height="10" rx="2" fill="var(--kept)"/></svg>';
-    const meaning = binned ? `a cell is up to ${Math.max(...widths(map))} ${map.unit}s; few ${ramp} all removed` :
+    const meaning = binned ? `few ${ramp} all removed` :
       `removed early ${ramp} late (step ${map.last.toLocaleString("en-US")})`;
-    return `<div class="key"><span>${kept}kept</span><span>${meaning}</span></div>`;
+    const cell = binned ? `<span>a cell is up to ${Math.max(...widths(map))} ${map.unit}s</span>` : "";
+    return `<div class="key"><span>${kept}kept</span><span>${meaning}</span>${cell}</div>`;
   }
   const widths = (map) => map.bounds.slice(1).map((end, place) => end - map.bounds[place]);
   function drawMap(map) {
