@@ -27,6 +27,7 @@ LAYER = {
     "memory": 6,
     "layouts": 6,
     "stops": 6,
+    "deployment": 6,
     "plan": 6,
     "tuning": 6,
     "lora": 6,
