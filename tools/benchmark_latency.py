@@ -1,68 +1,136 @@
 #!/usr/bin/env python
-"""Time an export as its users will run it: one token after another in stock transformers, at batch 1.
+"""Time models as their users will run them: stock transformers, batch 1, prefill and decoded tokens apart.
 
-    python tools/benchmark_latency.py runs/fast/exports/target --context 2048
+    python tools/benchmark_latency.py examples/demo/source runs/demo/export
+    python tools/benchmark_latency.py runs/457m/exports/* --threads 1 2 4 8 --precision fp32 bf16 int8
+    python tools/benchmark_latency.py --shape EfficientLLM-457M --shape Qwen2.5-0.5B --precision bf16
+    python tools/benchmark_latency.py --shape hidden=1216,ffn=3008,heads=19,head_dim=64,layers=24,vocab=49152,tied=1
+    python tools/benchmark_latency.py runs/457m/exports/* --plot latency.png
 
-Prints milliseconds a token, as a run's --target-latency-ms counts them. With --predict RUN also what the table of that
-run's directory (latency.json) says of the shape.
+Ratios are against the first model. A shape has random weights: its speed is the real one. Numbers of threads beyond
+the machine's cores are left out, and said. --plot draws latency against the loss on held-out text, for a family of
+exports that a run has written with --export-at; the text is the end of Python's standard library unless --text gives
+another. With --predict RUN also what a run with a latency target expects of the first model.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from megatron_prune.checkpoint.hf import read_architecture
+from megatron_prune.deployment.contestants import PRECISIONS, Contestant, contestants
+from megatron_prune.deployment.latency_table import (
+    Timing,
+    Workload,
+    latency_table,
+    paper_lines,
+    thread_counts,
+    time_all,
+)
+from megatron_prune.deployment.texts import held_out_documents, token_batch
 from megatron_prune.errors import EXIT_BAD_INPUT, UserError
-from megatron_prune.training.latency import LATENCY_FILE, read_table, time_decoding
+from megatron_prune.evaluation.scoring import validation_loss
+from megatron_prune.training.latency import LATENCY_FILE, read_table
+
+LOSS_SAMPLES, LOSS_LENGTH = 32, 256  # held-out tokens of --plot
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time one export; returns the exit code."""
+    """Time models; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("export", type=Path, help="directory of a Hugging Face model")
-    parser.add_argument("--context", type=int, default=2048, help="tokens before the one that is decoded")
+    parser.add_argument("models", nargs="*", help="Hugging Face directories (exports, 8-bit ones too)")
+    parser.add_argument("--shape", action="append", default=[], help="KEY=NUMBER,... or a name of the paper's Table 12")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
+    parser.add_argument("--context", type=int, default=128, help="tokens of the prefill (default: 128)")
+    parser.add_argument("--new-tokens", type=int, default=16, help="decoded tokens a round (default: 16)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved timings of everything (default: 5)")
     parser.add_argument("--predict", type=Path, metavar="RUN", help="run directory with a latency.json")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of latency against held-out loss")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="held-out text for --plot")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times here too")
     options = parser.parse_args(argv)
     try:
-        for line in measured(options.export, options.context, options.predict):
-            print(line)
+        _run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 
 
-def measured(export: Path, context: int, run_dir: Path | None) -> list[str]:
-    """The lines to print.
+def _run(options: argparse.Namespace) -> None:
+    for name in ("context", "new_tokens", "rounds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more")
+    if min(options.threads) < 1:
+        raise UserError(f"--threads {min(options.threads)} must be 1 or more")
+    if not options.models and not options.shape:
+        raise UserError("nothing to time: give directories of models, or --shape")
+    if options.plot is not None and options.shape:
+        raise UserError("--plot is about trained models: a --shape has no loss")
+    expected = None if options.predict is None else _expected(options.predict, options.models[:1])
+    threads, beyond = thread_counts(options.threads)
+    if beyond:
+        print(f"left out: {', '.join(map(str, beyond))} threads are more than this machine has cores")
+    if not threads:
+        raise UserError(f"--threads {options.threads} are all more than this machine has cores; give fewer")
+    entrants = list(contestants(options.models, options.shape, options.precision))
+    timings = time_all(entrants, threads, Workload(options.context, options.new_tokens, options.rounds), _progress())
+    print(f"prefill of {options.context} tokens, then a token at a time; medians of {options.rounds} rounds")
+    print("\n".join(latency_table(timings)))
+    for line in [*paper_lines(timings), *([] if expected is None else [expected])]:
+        print(line)
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(timing) for timing in timings], indent=2) + "\n", encoding="utf-8")
+    if options.plot is not None:
+        _plot(entrants, timings, options)
 
-    Raises:
-        UserError: a directory does not hold what it should.
-    """
-    if context < 1:
-        raise UserError(f"--context {context} must be 1 or more")
-    arch = read_architecture(export)
-    table = None if run_dir is None else read_table(run_dir)
-    if run_dir is not None and table is None:
+
+def _plot(entrants: Sequence[Contestant], timings: Sequence[Timing], options: argparse.Namespace) -> None:
+    try:
+        from megatron_prune.deployment.latency_plot import plot_family
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise UserError("--plot needs matplotlib, which is not installed; run: pip install matplotlib") from error
+    text = token_batch(Path(options.models[0]), held_out_documents(options.text), LOSS_SAMPLES, LOSS_LENGTH)
+    losses = {(entrant.name, entrant.precision): validation_loss(entrant.model, text.split(1)) for entrant in entrants}
+    for (name, precision), loss in losses.items():
+        print(f"{name} {precision}: loss {loss:.4f} on held-out text")
+    plot_family(timings, losses, options.plot)
+    print(options.plot)
+
+
+def _progress() -> Callable[[int, int], None]:
+    """A line on a terminal with the time that is left."""
+    start = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            left = (time.monotonic() - start) / done * (total - done)
+            print(f"\rround {done}/{total}, {left:.0f} s left ", end="\n" if done == total else "", file=sys.stderr)
+
+    return show
+
+
+def _expected(run_dir: Path, models: Sequence[str]) -> str:
+    table = read_table(run_dir)
+    if table is None:
         raise UserError(f"--predict {run_dir} has no {LATENCY_FILE}; give a run that was started with a latency target")
-    from transformers import AutoModelForCausalLM  # seconds to import
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(export, dtype="auto")
-    model.to(device)
-    lines = [f"{time_decoding(model, context):.3f} ms a token, {context} tokens of context, {device}, {model.dtype}"]
-    if table is not None:
-        widths = arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads
-        asked = f"after {table.about['context']} tokens of context in {table.about['precision']}"
-        lines.append(f"{table.milliseconds_of(*widths):.3f} ms expected {asked}")
-    return lines
+    if not models:
+        raise UserError("--predict is about the first model; give its directory")
+    arch = read_architecture(Path(models[0]))
+    widths = arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads
+    asked = f"after {table.about['context']} tokens of context in {table.about['precision']}"
+    return f"{table.milliseconds_of(*widths):.3f} ms a token expected of {models[0]} {asked}"
 
 
 if __name__ == "__main__":

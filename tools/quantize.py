@@ -71,7 +71,9 @@ def _run(options: argparse.Namespace) -> None:
     tasks = {task: make_questions(task, documents, options.questions, SEED) for task in asked}
     report = quantize_export(export, output, _calibration(options, export))
     if report.smoothed is not None:
-        print(f"smoothed {report.smoothed.num_scaled} of {report.smoothed.num_sites} activations; others were best left")
+        print(
+            f"smoothed {report.smoothed.num_scaled} of {report.smoothed.num_sites} activations; others were best left"
+        )
     if report.clipped is not None:
         print(f"clipped {report.clipped:.1%} of the weight rows")
     print(f"{output}: W8A8, {report.num_bytes:,} bytes; measuring fp32, bf16 and int8 ...", flush=True)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -106,15 +106,6 @@ def quantize_export(export: Path, output: Path, calibration: Calibration | None)
             shutil.rmtree(output)
         final.rename(output)
     return QuantizeReport(output, (output / WEIGHTS_FILE).stat().st_size, smoothed, clipped)
-
-
-def quantized_copy(load: Callable[..., Any]) -> Any:
-    """A W8A8 model in memory, of the same form as :func:`quantize_export` writes.
-
-    Args:
-        load: gives the model, given ``quantization_config``, e.g. a partial ``from_pretrained``.
-    """
-    return load(quantization_config=int8_config())
 
 
 def int8_config() -> Any:

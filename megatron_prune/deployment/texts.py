@@ -65,7 +65,9 @@ def token_batch(model_dir: Path, documents: Iterable[str], samples: int, length:
         tokens += [*tokenizer.encode(text), tokenizer.eod_id]
         if len(tokens) >= samples * length:
             return torch.tensor(tokens[: samples * length]).view(samples, length)
-    raise UserError(f"the text has {len(tokens)} tokens, {samples * length} are needed; give more text or fewer --tokens")
+    raise UserError(
+        f"the text has {len(tokens)} tokens, {samples * length} are needed; give more text or fewer --tokens"
+    )
 
 
 def model_directory(path: Path) -> Path:
