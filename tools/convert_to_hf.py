@@ -2,9 +2,14 @@
 """Export a run's newest checkpoint as a Hugging Face model that stock transformers loads.
 
     python tools/convert_to_hf.py --load runs/457m --save exported/457m
+    python tools/convert_to_hf.py --load runs/457m --check-targets vllm,llama.cpp
+    python tools/convert_to_hf.py --shape hidden=1195,ffn=3006,heads=19,head_dim=64,layers=24,vocab=49152,tied=1 \\
+        --check-targets vllm,llama.cpp,transformers,onnx
 
 The export is reloaded and compared with the checkpoint, weights bit for bit and logits in fp32, before it is called
-done. Tokenizer and token ids come with it.
+done. Tokenizer and token ids come with it. --check-targets says what other runtimes accept of a shape, at which tensor
+parallel size and in which quantisation, for a run, an exported directory or a --shape, and writes nothing unless --save
+is given too.
 """
 
 from __future__ import annotations
@@ -14,7 +19,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_prune.architecture import Architecture
+from megatron_prune.checkpoint.hf import read_architecture
+from megatron_prune.checkpoint.hf_source import CONFIG_FILE
 from megatron_prune.checkpoint.run_export import DTYPES, export_run
+from megatron_prune.checkpoint.store import Checkpoint, newest_checkpoint
+from megatron_prune.config.values import parse_source_shape
+from megatron_prune.deployment.runtimes import check_targets, report, runtime_names
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 
 BYTES_PER_GB = 10**9
@@ -23,29 +34,56 @@ BYTES_PER_GB = 10**9
 def main(argv: Sequence[str] | None = None) -> int:
     """Export; returns the exit code: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", type=Path, required=True, metavar="RUN", help="run directory (what --save was)")
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="where the model goes")
+    parser.add_argument("--load", type=Path, metavar="RUN", help="run directory (what --save was)")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="where the model goes")
+    parser.add_argument("--check-targets", metavar="NAME,...", help=f"of {', '.join(runtime_names())}")
+    parser.add_argument("--shape", metavar="KEY=N,...", help="for --check-targets: a shape instead of a run")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the stored weights; default: the run's precision")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weights file in GB (default: 5)")
     options = parser.parse_args(argv)
     try:
-        _export(options.load, options.save, options.dtype, int(options.max_shard_gb * BYTES_PER_GB))
+        _run(options)
     except MegatronPruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
     return 0
 
 
+def _run(options: argparse.Namespace) -> None:
+    checked = options.check_targets is not None
+    if options.load is None and not (checked and options.shape):
+        raise UserError("--load is missing; give a run directory (what --save was)")
+    if options.shape is not None and (options.load is not None or not checked):
+        raise UserError("--shape is for --check-targets, in place of --load")
+    if options.save is None and not checked:
+        raise UserError("--save is missing; give the directory that the model goes to")
+    if checked:
+        arch = parse_source_shape(options.shape) if options.shape else _architecture(options.load)
+        print("\n".join(report(check_targets(arch, options.check_targets.split(",")))))
+    if options.save is not None:
+        _export(options.load, options.save, options.dtype, int(options.max_shard_gb * BYTES_PER_GB))
+
+
+def _architecture(path: Path) -> Architecture:
+    """Of an exported directory, or of a run's newest checkpoint."""
+    if (path / CONFIG_FILE).is_file():
+        return read_architecture(path)
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise UserError(f"--load {path} holds no complete checkpoint; give the directory that was --save of a run")
+    return Checkpoint(newest).manifest.partition.architecture()
+
+
 def _export(run_dir: Path, directory: Path, dtype: str | None, max_shard_bytes: int) -> None:
     if max_shard_bytes < 1:
         raise UserError("--max-shard-gb must be above 0; the default of 5 suits most hubs")
     done = export_run(run_dir, directory, dtype, max_shard_bytes)
-    report, verified, arch = done.report, done.verified, done.architecture
+    exported, verified, arch = done.report, done.verified, done.architecture
     print(
-        f"{directory}: {report.hf_class}, {report.num_parameters:,} parameters in {report.dtype}, "
+        f"{directory}: {exported.hf_class}, {exported.num_parameters:,} parameters in {exported.dtype}, "
         f"hidden {arch.hidden_size}, ffn {arch.ffn_hidden_size}, heads {arch.num_attention_heads} (step {done.step})"
     )
-    if report.expanded_kv:
+    if exported.expanded_kv:
         print("K/V heads were repeated, one per query head: stock GQA cannot express groups of different size")
     print(
         f"verified: {verified.num_tensors} tensors equal bit for bit, logits within "
