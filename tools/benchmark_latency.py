@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Time models as their users will run them: stock transformers, batch 1, prefill and decoded tokens apart.
+"""Time models as their users will run them: stock transformers or llama.cpp, batch 1, prefill apart.
 
     python tools/benchmark_latency.py examples/demo/source runs/demo/export
     python tools/benchmark_latency.py runs/457m/exports/* --threads 1 2 4 8 --precision fp32 bf16 int8
     python tools/benchmark_latency.py --shape EfficientLLM-457M --shape Qwen2.5-0.5B --precision bf16
     python tools/benchmark_latency.py --shape hidden=1216,ffn=3008,heads=19,head_dim=64,layers=24,vocab=49152,tied=1
+    python tools/benchmark_latency.py source-f16.gguf pruned-f16.gguf            # in llama.cpp
     python tools/benchmark_latency.py runs/457m/exports/* --plot latency.png
 
 Ratios are against the first model. A shape has random weights: its speed is the real one. Numbers of threads beyond
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("models", nargs="*", help="Hugging Face directories (exports, 8-bit ones too)")
+    parser.add_argument("models", nargs="*", help="Hugging Face directories (8-bit ones too), or GGUF files")
     parser.add_argument("--shape", action="append", default=[], help="KEY=NUMBER,... or a name of the paper's Table 12")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
@@ -74,15 +75,18 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"--threads {min(options.threads)} must be 1 or more")
     if not options.models and not options.shape:
         raise UserError("nothing to time: give directories of models, or --shape")
-    if options.plot is not None and options.shape:
-        raise UserError("--plot is about trained models: a --shape has no loss")
+    if options.plot is not None and (options.shape or any(model.endswith(".gguf") for model in options.models)):
+        raise UserError(
+            "--plot is about Hugging Face directories: neither a --shape nor a GGUF file has its loss measured"
+        )
     expected = None if options.predict is None else _expected(options.predict, options.models[:1])
     threads, beyond = thread_counts(options.threads)
     if beyond:
         print(f"left out: {', '.join(map(str, beyond))} threads are more than this machine has cores")
     if not threads:
         raise UserError(f"--threads {options.threads} are all more than this machine has cores; give fewer")
-    entrants = list(contestants(options.models, options.shape, options.precision))
+    tokens = options.context + options.new_tokens + 8
+    entrants = list(contestants(options.models, options.shape, options.precision, tokens))
     timings = time_all(entrants, threads, Workload(options.context, options.new_tokens, options.rounds), _progress())
     print(f"prefill of {options.context} tokens, then a token at a time; medians of {options.rounds} rounds")
     print("\n".join(latency_table(timings)))

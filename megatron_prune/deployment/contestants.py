@@ -14,6 +14,7 @@ import torch
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.hf import hf_config_from_architecture, read_config
 from megatron_prune.config.values import parse_source_shape
+from megatron_prune.deployment.gguf import GgufModel
 from megatron_prune.deployment.quantize import int8_config
 from megatron_prune.errors import UserError
 
@@ -33,9 +34,9 @@ class Contestant:
 
     Attributes:
         name: of the model.
-        precision: fp32, bf16 or int8.
+        precision: fp32, bf16, int8, or that of a GGUF file.
         parameters: of the model, a tied matrix once.
-        model: of transformers.
+        model: of transformers, or a :class:`~megatron_prune.deployment.gguf.GgufModel`.
     """
 
     name: str
@@ -44,21 +45,29 @@ class Contestant:
     model: Any
 
 
-def contestants(models: Sequence[str], shapes: Sequence[str], precisions: Sequence[str]) -> Iterator[Contestant]:
+def contestants(
+    models: Sequence[str], shapes: Sequence[str], precisions: Sequence[str], context: int
+) -> Iterator[Contestant]:
     """Load models and make shapes, each at every precision.
 
-    A directory that is 8-bit already takes part as int8, whatever precisions are asked for.
+    A directory that is 8-bit already takes part as int8, and a GGUF file in llama.cpp as what it is, whatever
+    precisions are asked for.
 
     Args:
-        models: directories with a ``config.json``; without weights they get random ones.
+        models: Hugging Face directories, or ``*.gguf`` files.
         shapes: see :func:`megatron_prune.config.values.parse_source_shape`, or a name of :data:`PAPER_SHAPES`.
         precisions: of :data:`PRECISIONS`.
+        context: tokens that a GGUF file will be fed, at most.
 
     Raises:
         UserError: no such model or shape.
     """
     for text in models:
         path = Path(text)
+        if path.suffix == ".gguf":
+            file = GgufModel(path, context)
+            yield Contestant(_short_name(path), file.precision, file.parameters, file)
+            continue
         config = read_config(path)
         name = _short_name(path)
         if config.get("quantization_config"):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -23,6 +24,7 @@ CONVERTER: Final = "convert_hf_to_gguf"
 OUTTYPES: Final = ("f32", "f16", "bf16", "q8_0")
 VENDORED: Final = "vendor/llama.cpp"
 _THREADS: Final = 1
+_FILE_TYPES: Final = MappingProxyType({"0": "f32", "1": "f16", "7": "q8_0", "32": "bf16"})  # llama.h: llama_ftype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +134,47 @@ def compare_greedy(model_dir: Path, gguf: Path, prompts: Sequence[str], count: i
         pairs = list(zip(found, expected, strict=True))
         equal = next((place for place, (ours, other) in enumerate(pairs) if ours != other), count)
         yield GreedyReport(prompt, count, equal, same_prompt)
+
+
+class GgufModel:
+    """A GGUF file in llama.cpp, to be timed.
+
+    Args:
+        file: the file.
+        context: tokens that a timing will take.
+
+    Attributes:
+        precision: of its weights, e.g. ``gguf f16``.
+        parameters: as llama.cpp counts them, a tied matrix once.
+
+    Raises:
+        UserError: llama-cpp-python is not installed, or the file is no GGUF.
+    """
+
+    def __init__(self, file: Path, context: int) -> None:
+        try:
+            import llama_cpp
+        except ImportError as error:
+            raise UserError(f"{file} needs llama-cpp-python ({error}); see docs/deploy.md for building it") from error
+        try:
+            self._model: Any = llama_cpp.Llama(
+                str(file), n_ctx=context, n_threads=_THREADS, n_threads_batch=_THREADS, verbose=False
+            )
+        except ValueError as error:
+            raise UserError(f"{file} cannot be loaded by llama.cpp ({error}); give a GGUF file") from error
+        self._set_threads: Any = llama_cpp.llama_set_n_threads
+        kind = self._model.metadata.get("general.file_type", "?")
+        self.precision = f"gguf {_FILE_TYPES.get(kind, kind)}"
+        self.parameters = int(llama_cpp.llama_model_n_params(self._model.model))
+
+    def feed(self, tokens: Sequence[int], threads: int) -> None:
+        """Take tokens after those that were fed before, as one batch."""
+        self._set_threads(self._model.ctx, threads, threads)
+        self._model.eval(list(tokens))
+
+    def reset(self) -> None:
+        """Forget what was fed."""
+        self._model.reset()
 
 
 @torch.inference_mode()

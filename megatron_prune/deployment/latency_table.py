@@ -1,7 +1,8 @@
 """Milliseconds of prefill and of a decoded token for several models, as the paper's Table 12 has them.
 
-Batch 1, stock transformers. A round times every model at every precision once; rounds are interleaved, so that what
-else the machine does falls on all of them alike. The median of the rounds counts and their range is printed.
+Batch 1, in stock transformers; GGUF files in llama.cpp. A round times every model at every precision once: rounds are
+interleaved, so that what else the machine does falls on all of them alike. The median of the rounds counts and their
+range is printed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from megatron_prune.deployment.comparison import aligned
 from megatron_prune.deployment.contestants import Contestant
+from megatron_prune.deployment.gguf import GgufModel
 
 #: The paper's Table 12, milliseconds a token on 1, 2, 4 and 8 CPUs.
 PAPER: Final[Mapping[str, Mapping[int, float]]] = MappingProxyType(
@@ -90,7 +92,7 @@ def time_all(
             results: list[list[tuple[float, float]]] = [[] for _ in entrants]
             for number in range(work.rounds + 1):  # the first one warms up
                 for entrant, result in zip(entrants, results, strict=True):
-                    result.append(time_once(entrant.model, work))
+                    result.append(time_once(entrant.model, work, count))
                 on_round(turn * (work.rounds + 1) + number + 1, len(threads) * (work.rounds + 1))
             for entrant, result in zip(entrants, results, strict=True):
                 decode, prefill = zip(*result[1:], strict=True)
@@ -101,23 +103,43 @@ def time_all(
     return timings
 
 
-@torch.inference_mode()
-def time_once(model: Any, work: Workload) -> tuple[float, float]:
-    """Milliseconds of a decoded token (the median of several) and of the prefill before them."""
-    from transformers import DynamicCache
+def time_once(model: Any, work: Workload, threads: int) -> tuple[float, float]:
+    """Milliseconds of a decoded token (the median of several) and of the prefill before them.
 
-    prompt = torch.arange(work.prompt).remainder(model.config.vocab_size)[None]
-    cache = DynamicCache(config=model.config)
+    Args:
+        model: see :class:`~megatron_prune.deployment.contestants.Contestant`.
+        work: what is done.
+        threads: of llama.cpp; torch's are what they are.
+    """
+    feed = _gguf_feed(model, threads) if isinstance(model, GgufModel) else _torch_feed(model)
     start = time.perf_counter()
-    logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    token = logits[:, -1:].argmax(-1)
-    prefill = time.perf_counter() - start
-    times = []
-    for _ in range(_WARM_UP + work.new_tokens):
+    feed(range(work.prompt))
+    prefill, times = time.perf_counter() - start, []
+    for token in range(_WARM_UP + work.new_tokens):
         start = time.perf_counter()
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        feed([token])
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times[_WARM_UP:]), 1e3 * prefill
+
+
+def _torch_feed(model: Any) -> Callable[[Sequence[int]], None]:
+    """Takes tokens after those it took before, up to the choice of the next one."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+
+    @torch.inference_mode()
+    def feed(tokens: Sequence[int]) -> None:
+        ids = torch.tensor([list(tokens)]).remainder(model.config.vocab_size)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        int(logits[0, -1].argmax())
+
+    return feed
+
+
+def _gguf_feed(model: GgufModel, threads: int) -> Callable[[Sequence[int]], None]:
+    model.reset()
+    return lambda tokens: model.feed(tokens, threads)
 
 
 def latency_table(timings: Sequence[Timing]) -> list[str]:

@@ -30,6 +30,7 @@ from megatron_prune.errors import UserError
 REPORT_FILE: Final = "quantization.json"
 HEAD: Final = "lm_head"
 EMBEDDING: Final = "model.embed_tokens"
+LINEARS: Final = r"re:model\.layers\..*_proj\.weight"  # torchao's mark of a pattern; a module's would take biases too
 INSTALL: Final = "pip install 'torchao>=0.18'"
 
 
@@ -122,7 +123,7 @@ def int8_config() -> Any:
     from transformers import TorchAoConfig
 
     rows = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-    kinds = {"_default": Int8DynamicActivationInt8WeightConfig(), EMBEDDING: rows, HEAD: rows}
+    kinds = {LINEARS: Int8DynamicActivationInt8WeightConfig(), EMBEDDING: rows, HEAD: rows}
     return TorchAoConfig(FqnToConfig(kinds), include_input_output_embeddings=True)
 
 

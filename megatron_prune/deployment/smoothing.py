@@ -138,7 +138,7 @@ def rounded(values: Tensor) -> Tensor:
 
 
 def _parameters(linear: nn.Linear) -> tuple[nn.Parameter, ...]:
-    return (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
+    return tuple(linear.parameters())
 
 
 def _repeated(site: Site, scale: Tensor) -> Tensor:

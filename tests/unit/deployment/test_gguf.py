@@ -1,0 +1,74 @@
+"""The wrapper of llama.cpp's converter, around one that is made up: the real one comes with a source tree."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.deployment.gguf import convert, pre_tokenizer_name
+from megatron_prune.errors import MegatronPruneError, UserError
+
+CONVERTER = """
+import json, pathlib, sys
+
+class TextModel:
+    def get_vocab_base_pre(self, tokenizer):
+        raise NotImplementedError("BPE pre-tokenizer was not recognized")
+
+def main():
+    file = pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1])
+    file.write_text(json.dumps([TextModel().get_vocab_base_pre(None), *sys.argv[1:2], *sys.argv[-2:]]))
+"""
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    root = tmp_path / "llama_cpp_python" / "vendor" / "llama.cpp"
+    root.mkdir(parents=True)
+    (root / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    return tmp_path / "llama_cpp_python"
+
+
+@pytest.fixture(autouse=True)
+def _forget_converter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "convert_hf_to_gguf", raising=False)
+
+
+def test_the_pre_tokenizer_is_named(source: Path, tmp_path: Path) -> None:
+    model = tmp_path / "export"
+    model.mkdir()
+    (model / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": BYTE_LEVEL}))
+    arguments = list(sys.argv)
+    assert convert(model, source, tmp_path / "a.gguf", "f16", None) == "gpt-2"
+    assert json.loads((tmp_path / "a.gguf").read_text()) == ["gpt-2", str(model), "--outtype", "f16"]
+    assert convert(model, source / "vendor" / "llama.cpp", tmp_path / "b.gguf", "f32", "qwen2") == "qwen2"
+    assert json.loads((tmp_path / "b.gguf").read_text())[0] == "qwen2"
+    assert sys.argv == arguments
+    assert str(source) not in "".join(sys.path)
+
+
+def test_an_unknown_pre_tokenizer_must_be_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": {"type": "Whitespace"}}))
+    with pytest.raises(MegatronPruneError, match="give --pre-tokenizer"):
+        convert(tmp_path, source, tmp_path / "a.gguf", "f16", None)
+    with pytest.raises(UserError, match=r"has no convert_hf_to_gguf.py"):
+        convert(tmp_path, tmp_path, tmp_path / "a.gguf", "f16", None)
+
+
+def test_names_of_pre_tokenizers() -> None:
+    digits = {"type": "Digits", "individual_digits": True}
+    assert (
+        pre_tokenizer_name({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, BYTE_LEVEL]}}) == "smollm"
+    )
+    assert pre_tokenizer_name({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_LEVEL]}}) == "gpt-2"
+    assert pre_tokenizer_name({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}) is None
+    assert pre_tokenizer_name({"pre_tokenizer": None}) is None
+
+
+def test_the_demos_tokenizer(repo_root: Path) -> None:
+    tokenizer = json.loads((repo_root / "examples/demo/source/tokenizer.json").read_text(encoding="utf-8"))
+    assert pre_tokenizer_name(tokenizer) == "gpt-2"
