@@ -28,7 +28,7 @@ def test_the_papers_shape() -> None:
     assert vllm["TP 4"].reason == "19 heads are no multiple of 4; ffn 3006 is no multiple of 4"
     assert (vllm["int8 W8A8"].verdict, vllm["4-bit Marlin"].verdict) == ("but", "no")
     assert llama["class"].verdict == llama["f16, f32"].verdict == "yes"
-    # o_proj alone, 24 * 1195 * 1216 of 456.8M, has rows in blocks.
+    # o_proj alone, 24 * 1195 * 1216 of 456.9M, has rows in blocks.
     assert "8% of weights are q8_0" in llama["q8_0"].reason
     assert "o_proj" not in llama["q8_0"].reason
     assert "0% of weights are K-quants" in llama["K-quants"].reason
