@@ -8,7 +8,7 @@ SOURCES := megatron_prune tools tests benchmarks csrc setup.py $(wildcard pretra
 KERNELS := $(wildcard csrc/*.py csrc/*.h csrc/*.cpp csrc/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-source test test-gpu checks bench report bench-gpu clean
+.PHONY: help setup docs browser demo demo-source test test-gpu checks bench report bench-gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -33,8 +33,19 @@ demo: $(INSTALLED) ## the main job on real text: prune, continue, export, compar
 demo-source: $(INSTALLED) ## make the demo's source model again (examples/demo/source)
 	$(BIN)/python tools/make_demo_source.py
 
-test: $(INSTALLED) ## all tests
+test: $(INSTALLED) browser ## all tests
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
+
+docs: $(INSTALLED) ## the reference of every module, from its docstrings (build/api/index.html)
+	$(BIN)/python -m pdoc --docformat google --no-show-source -o build/api megatron_prune
+
+# Tests open the page about a run in it. Debian and Ubuntu by apt as root; elsewhere it has to be there.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null && exit 0; \
+	fi; \
+	echo "make test opens a page in Chromium, which is not installed; on Debian: apt-get install chromium"; exit 1
 
 # pytest would only say that it found no tests.
 test-gpu: $(INSTALLED) ## the tests of the CUDA kernels; needs an NVIDIA GPU

@@ -173,6 +173,9 @@ def _identity(command: list[str]) -> str:
 PLOTS = ["matplotlib>=3.8"]
 WANDB = ["wandb>=0.17"]
 TENSORBOARD = ["tensorboard>=2.16"]
+EVALUATE = ["lm_eval>=0.4.9"]
+LORA = ["peft>=0.15"]
+DEPLOY = ["torchao>=0.15", "onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 setup(
     name="megatron-prune",
@@ -183,7 +186,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
-    package_data={"megatron_prune": ["py.typed"]},
+    package_data={"megatron_prune": ["py.typed"], "megatron_prune.report_page": ["*.css", "*.js"]},
     # Without sources: BuildKernels knows what they are made of.
     ext_modules=[Extension(f"megatron_prune.{name}", [], optional=True) for name in KERNELS],
     cmdclass={"build_ext": BuildKernels},
@@ -206,17 +209,24 @@ setup(
         "plots": PLOTS,
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
+        "evaluate": EVALUATE,
+        "lora": LORA,
+        "deploy": DEPLOY,
         "bench": [*PLOTS, "torch-pruning>=1.6", "nvidia-modelopt>=0.40"],  # what benchmarks/one_shot.py compares with
         "dev": [
             *PLOTS,
             *WANDB,
             *TENSORBOARD,
+            *EVALUATE,
+            *LORA,
+            *DEPLOY,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.6",
             "mypy>=1.11",
+            "pdoc>=15",
             "types-PyYAML",
             "pybind11>=2.13",  # tests compile the kernels
             "setuptools>=64",  # and build a source distribution
