@@ -227,6 +227,7 @@ setup(
             "ruff>=0.6",
             "mypy>=1.11",
             "pdoc>=15",
+            "gguf>=0.17",  # its block sizes are what the tests hold our rules to
             "types-PyYAML",
             "pybind11>=2.13",  # tests compile the kernels
             "setuptools>=64",  # and build a source distribution

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import gguf
 import numpy as np
@@ -57,7 +58,7 @@ def test_blocks_are_those_of_the_gguf_package(width: int) -> None:
 def test_llama_refuses_in_transformers_what_is_exported_as_mistral() -> None:
     import transformers
 
-    about = {"hidden_size": 1195, "intermediate_size": 3006, "num_attention_heads": 19, "head_dim": 64}
+    about: dict[str, Any] = {"hidden_size": 1195, "intermediate_size": 3006, "num_attention_heads": 19, "head_dim": 64}
     with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
         transformers.LlamaConfig(**about)
     assert transformers.MistralConfig(**about).head_dim == 64
