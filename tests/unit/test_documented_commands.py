@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from megatron_prune.config import Config, load_config, validate_config
+from megatron_prune.config import Config, load_config, validate_config, yaml_file
 from megatron_prune.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +43,7 @@ FOREIGN = {
     "scontrol": "Slurm's, which machines with tests do not have",
     "sbatch": "Slurm's; tests/unit/examples reads the scripts that it is given",
     "git": "no part of the project",
+    "lm_eval": "lm-evaluation-harness's own command; tests/unit/evaluation runs it",
 }
 #: Flags of foreign programs that the text of a page names, by program.
 FOREIGN_FLAGS = {
@@ -136,13 +137,20 @@ def tool_main() -> FindMain:
 @contextlib.contextmanager
 def _parsing_only() -> Iterator[None]:
     """A parser that has read a command line goes no further."""
-    read = argparse.ArgumentParser.parse_args
+    read = argparse.ArgumentParser.parse_known_args
 
-    def stop(self: argparse.ArgumentParser, *args: Any, **settings: Any) -> argparse.Namespace:
-        raise Parsed(read(self, *args, **settings))
+    def stop(
+        self: argparse.ArgumentParser, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> Any:
+        _, unknown = read(self, args, namespace)
+        if unknown:  # a tool that passes flags on passes them to a run
+            settings = {f"--{name.replace('_', '-')}" for name in yaml_file.settings()}
+            if not settings.issuperset(word for word in unknown if word.startswith("--")):
+                self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        raise Parsed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
         yield
 
 
@@ -166,26 +174,30 @@ def _check_run(words: Sequence[str], world_size: int) -> None:
     validate_config(config, processes)
 
 
-def _check_launched(command: Command) -> None:
-    """deepspeed, torchrun or srun with the entry point: the launcher's flags by its parser, ours by ours."""
-    place = command.words.index(ENTRY)
+def _check_launched(command: Command, tool_main: FindMain) -> None:
+    """deepspeed, torchrun or srun with a script of ours: the launcher's flags by its parser, ours by ours."""
+    place = next(index for index, word in enumerate(command.words) if word.endswith(".py"))
+    script = command.words[place]
     launcher, rest = command.words[0], command.words[1 : place + 1]
     if launcher == "deepspeed":
         from deepspeed.launcher.runner import parse_args
 
         options = parse_args(rest)
-        assert options.user_script == ENTRY
+        assert options.user_script == script
         if options.hostfile.startswith("examples/"):
             assert (ROOT / options.hostfile).is_file()
     elif launcher == "torchrun":
         from torch.distributed.run import get_args_parser
 
-        assert get_args_parser().parse_args(rest).training_script == ENTRY
+        assert get_args_parser().parse_args(rest).training_script == script
     else:
         assert launcher == "srun"
         assert rest[-2] == "python"
         assert set(word for word in rest if word.startswith("--")) <= set(FOREIGN_FLAGS)
-    _check_run(command.words[place + 1 :], world_size=8)
+    if script == ENTRY:
+        _check_run(command.words[place + 1 :], world_size=8)
+    else:
+        _check_script(script, command.words[place + 1 :], tool_main)
 
 
 def _check_script(path: str, words: Sequence[str], tool_main: FindMain) -> None:
@@ -247,7 +259,7 @@ def test_a_command_is_understood(command: Command, tool_main: FindMain) -> None:
     elif program == "python":
         _check_run(rest[1:], world_size=1)
     else:
-        _check_launched(command)
+        _check_launched(command, tool_main)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -301,6 +313,7 @@ def test_targets_of_make_in_the_text_exist() -> None:
         ("python", ENTRY, "--config", "examples/no_such.yaml"),
         ("python", ENTRY, "--config", "run.yaml", "--target-prams", "3M"),
         ("deepspeed", "--hostfle", "hostfile", ENTRY, "--config", "run.yaml"),
+        ("torchrun", "tools/finetune.py", "runs/457m", "--data", "a.json", "--save", "b", "--learning-rate", "1"),
         ("torchrun", "--nnode", "four", ENTRY, "--config", "run.yaml"),
         ("make", "dmeo"),
         ("python", "-m", "megatron_prune.opps"),
