@@ -35,6 +35,7 @@ LAYER = {
     "pretrain": 6,
     "plotting": 6,
     "report_page": 6,
+    "study": 7,
 }
 MAX_LINES = 600
 #: Parts that must stay usable, and readable, without the engine.

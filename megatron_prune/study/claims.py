@@ -1,0 +1,78 @@
+"""What the results say, in sentences: whatever comes out, also where it speaks against pruning while training."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from megatron_prune.study.results import Results, Spread, loss
+from megatron_prune.study.tables import SCHEMES, aware_row
+
+#: The metrics that are there to be beaten.
+WEAK: Final = ("random", "magnitude")
+OURS: Final = "unified"
+
+
+def first_paragraph(results: Results) -> str:
+    """Whether random and magnitude are worse than taylor, and which baselines beat pruning while training."""
+    source = results.sources()[0]
+    sentences = [_weak(results, source, stage) for stage in ("alone", "aware")]
+    sentences = [sentence for sentence in sentences if sentence]
+    sentences += [_beaten(results, name) for name in results.sources()]
+    return " ".join(sentences)
+
+
+def second_paragraph(results: Results) -> str:
+    """By how much pruning while training is better or worse than each other scheme, all at equal tokens."""
+    return "\n".join(_margins(results, source) for source in results.sources())
+
+
+def _weak(results: Results, source: str, stage: str) -> str:
+    """One sentence on the weak metrics against taylor; empty if they were not run."""
+
+    def spread(metric: str) -> Spread | None:
+        row = f"alone-{metric}" if stage == "alone" else aware_row(metric)
+        return results.spread(source, row, loss("pruned"))
+
+    taylor = spread("taylor")
+    said = [_verdict(metric, found, taylor) for metric in WEAK if (found := spread(metric)) and taylor]
+    if not said or taylor is None:
+        return ""
+    way = "Pruned all at once without training" if stage == "alone" else "Pruned while training"
+    return f"{way}, {' and '.join(said)} than `taylor` ({taylor.text()} held-out loss)."
+
+
+def _verdict(metric: str, found: Spread, taylor: Spread) -> str:
+    """``random`` is clearly worse (4.1 ± 0.1): every seed of one beats every seed of the other, or it is not clear."""
+    clearly = "clearly" if found.apart(taylor) else "not clearly"
+    return f"`{metric}` is {clearly} {'worse' if found.mean > taylor.mean else 'better'} ({found.text()})"
+
+
+def _beaten(results: Results, source: str) -> str:
+    """Which schemes have a lower mean loss than ours."""
+    ours = results.spread(source, OURS, loss("final"))
+    if ours is None:
+        return ""
+    better = []
+    for row, label in SCHEMES.items():
+        other = results.spread(source, row, loss("final"))
+        if row.startswith(OURS) or other is None or other.mean >= ours.mean:
+            continue
+        how = "clearly" if other.apart(ours) else "within the spread of the seeds"
+        better.append(f"{label} ({other.text()}, {how})")
+    head = f"Source `{source}`, at equal tokens:"
+    if better:
+        return f"{head} unified pruning-aware pretraining ({ours.text()}) is beaten by {', '.join(better)}."
+    return f"{head} no baseline has a lower loss than unified pruning-aware pretraining ({ours.text()})."
+
+
+def _margins(results: Results, source: str) -> str:
+    """A list of differences in loss, seed by seed."""
+    ours = results.spread(source, OURS, loss("final"))
+    lines = [f"Loss of each other scheme minus that of unified pruning, source `{source}`, by the same seeds:", ""]
+    for row, label in SCHEMES.items():
+        other = results.spread(source, row, loss("final"))
+        if row == OURS or ours is None or other is None:
+            continue
+        paired = Spread(tuple(b - a for a, b in zip(ours.values, other.values, strict=True)))
+        lines.append(f"- {label.strip('*')}: {paired.mean:+.3f} ± {paired.deviation:.3f}")
+    return "\n".join([*lines, ""])
