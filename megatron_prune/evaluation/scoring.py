@@ -128,19 +128,18 @@ def choice_loglikelihoods(
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Tokens of a context and of what continues it, by lm-eval's rule.
 
-    Both are tokenised together and the context alone; the continuation is what the first has more. Blanks and line
-    breaks that end the context belong to the continuation, as tokenizers join them with what follows. An empty context
-    becomes the token that begins (or else ends) texts.
+    Both are tokenised together and the context alone; the continuation is what the first has more, by number, also
+    where a token joins the end of one and the beginning of the other. Blanks and line breaks that end the context
+    belong to the continuation, as tokenizers join them with what follows. An empty context becomes the token that
+    begins (or else ends) texts.
     """
-    stripped = context.rstrip()
-    continuation = context[len(stripped) :] + continuation
-    if not stripped:
+    if not context:
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        tokens = _ids(tokenizer, continuation)
-        # A tokenizer that puts that token in front by itself has said all of it.
+        tokens = list(tokenizer(continuation, add_special_tokens=False)["input_ids"])
         return ([start], tokens[1:] if tokens[:1] == [start] else tokens)
-    whole, before = _ids(tokenizer, stripped + continuation), _ids(tokenizer, stripped)
-    return whole[: len(before)], whole[len(before) :]
+    stripped = context.rstrip()
+    whole, before = _ids(tokenizer, context + continuation), _ids(tokenizer, stripped)
+    return before, whole[len(before) :]
 
 
 def validation_loss(model: Any, batches: Iterable[Tensor]) -> float:

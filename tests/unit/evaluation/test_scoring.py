@@ -101,17 +101,19 @@ def test_an_empty_context_is_the_beginning_of_a_text(loaded: tuple[Any, Any]) ->
     assert tokenizer.decode(continuation) == "error"
 
 
-def test_tokens_are_cut_where_the_whole_text_cuts_them(loaded: tuple[Any, Any]) -> None:
+def test_the_continuation_is_what_the_whole_text_has_more(loaded: tuple[Any, Any]) -> None:
     tokenizer = loaded[1]
-    context, continuation = encode_pair(tokenizer, "retur", "n value")
-    assert context + continuation == tokenizer("return value")["input_ids"]
+    first, second = next(piece for piece in sorted(tokenizer.get_vocab()) if len(piece) == 2 and piece.isalpha())
+    whole, before = tokenizer(first + second + " x")["input_ids"], tokenizer(first)["input_ids"]
+    assert whole[: len(before)] != before, "a token joins the two"
+    assert encode_pair(tokenizer, first, second + " x") == (before, whole[len(before) :])
 
 
 def test_a_choice_that_vanishes_in_the_question_is_told(loaded: tuple[Any, Any]) -> None:
     class Joining:
         eos_token_id = bos_token_id = 0
 
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, **settings: bool) -> dict[str, list[int]]:
             return {"input_ids": [1, 2]}
 
     with pytest.raises(UserError, match="no token of its own"):
