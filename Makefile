@@ -8,7 +8,7 @@ SOURCES := megatron_prune tools tests benchmarks csrc setup.py $(wildcard pretra
 KERNELS := $(wildcard csrc/*.py csrc/*.h csrc/*.cpp csrc/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs browser demo demo-source test test-gpu checks bench report bench-gpu clean
+.PHONY: help setup docs browser demo demo-source study test test-gpu checks bench report bench-gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -46,6 +46,9 @@ browser:
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null && exit 0; \
 	fi; \
 	echo "make test opens a page in Chromium, which is not installed; on Debian: apt-get install chromium"; exit 1
+
+study: $(INSTALLED) ## the paper's comparisons in miniature, into docs/study.md (about an hour on 2 cores; continues)
+	$(BIN)/python tools/study.py --jobs 2
 
 # pytest would only say that it found no tests.
 test-gpu: $(INSTALLED) ## the tests of the CUDA kernels; needs an NVIDIA GPU
