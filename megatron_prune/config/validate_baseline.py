@@ -89,7 +89,7 @@ def _at_once(config: Config, flag: str) -> Iterator[str]:
     if prune.replay is not None:
         yield f"{flag} decides what goes: drop --replay {prune.replay}"
     elif not prune.active:
-        yield f"{flag} needs a target: give --target-shape"
+        yield f"{flag} needs a target: give --target-shape, or with --few-shot-samples any other"
 
 
 def _distillation(config: Config) -> Iterator[str]:
