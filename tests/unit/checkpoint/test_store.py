@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_checkpoint import SPECS, alone, event, pruned, save_alone, save_split, sign
 
 from megatron_prune.checkpoint import directory
-from megatron_prune.checkpoint.manifest import Progress
+from megatron_prune.checkpoint.manifest import FORMAT, Progress
 from megatron_prune.checkpoint.store import (
     Checkpoint,
     DamagedCheckpoint,
@@ -171,7 +171,7 @@ def test_an_older_format_says_so(tmp_path: Path, mesh: Mesh) -> None:
     content = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**content, "format": 2}))
     (path / "COMPLETE").write_text("")
-    with pytest.raises(UserError, match="has format 2, this version reads 3") as caught:
+    with pytest.raises(UserError, match=f"has format 2, this version reads {FORMAT}") as caught:
         open_newest(tmp_path)
     assert not isinstance(caught.value, DamagedCheckpoint)
 
