@@ -16,7 +16,7 @@ from megatron_prune.checkpoint.hf import hf_config_from_architecture, read_confi
 from megatron_prune.config.values import parse_source_shape
 from megatron_prune.deployment.gguf import GgufModel
 from megatron_prune.deployment.quantize import int8_config
-from megatron_prune.errors import UserError
+from megatron_prune.evaluation.scoring import load_model
 
 PRECISIONS: Final = ("fp32", "bf16", "int8")
 #: Shapes of the two, for ``--shape``; the second is the model's own config.json on the hub.
@@ -71,7 +71,7 @@ def contestants(
         config = read_config(path)
         name = _short_name(path)
         if config.get("quantization_config"):
-            yield _contestant(name, "int8", _load(path, torch.float32))
+            yield _contestant(name, "int8", load_model(path))
             continue
         for precision in precisions:
             yield _contestant(name, precision, _at(precision, path))
@@ -102,20 +102,8 @@ def _contestant(name: str, precision: str, model: Any) -> Contestant:
 
 def _at(precision: str, path: Path) -> Any:
     if precision == "int8":
-        return _load(path, torch.float32, quantization_config=int8_config())
-    return _load(path, torch.bfloat16 if precision == "bf16" else torch.float32)
-
-
-def _load(path: Path, dtype: torch.dtype, **options: Any) -> Any:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} cannot be loaded by transformers ({reason}); give a model directory") from error
-    return model.eval()
+        return load_model(path, quantization_config=int8_config())
+    return load_model(path, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def _short_name(path: Path) -> str:

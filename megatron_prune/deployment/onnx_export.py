@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_prune.errors import MegatronPruneError, UserError
+from megatron_prune.evaluation.scoring import load_model
 
 INSTALL: Final = "pip install onnx onnxscript onnxruntime"
 #: Batch and length that logits are compared at; neither is the exporter's example.
@@ -65,7 +66,8 @@ def export_onnx(model_dir: Path, file: Path) -> OnnxReport:
         import onnxscript  # noqa: F401  # torch's exporter asks for it late, and less clearly
     except ImportError as error:
         raise UserError(f"ONNX needs a package that cannot be imported ({error}); run: {INSTALL}") from error
-    model = _loaded(model_dir)
+    # Eager attention is plain products, which export to plain operators.
+    model = load_model(model_dir, torch.float32, attn_implementation="eager")
     longest = model.config.max_position_embeddings
     dynamic = {"input_ids": {0: torch.export.Dim("batch", max=_MAX_BATCH), 1: torch.export.Dim("length", max=longest)}}
     wrapped, example = _Logits(model).eval(), torch.zeros(_EXAMPLE, dtype=torch.long)
@@ -99,18 +101,3 @@ def _compared(file: Path, model: nn.Module, session: Any, vocab_size: int) -> On
         largest = max(largest, (ours - theirs).abs().max().item())
         positions += tokens.numel()
     return OnnxReport(file, positions, largest)
-
-
-def _loaded(model_dir: Path) -> Any:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        # Eager attention is plain products, which export to plain operators.
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32, attn_implementation="eager"
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{model_dir} cannot be loaded by transformers ({reason}); give a model directory") from error
-    return model.eval()

@@ -26,6 +26,7 @@ from megatron_prune.checkpoint.hf import copy_companions
 from megatron_prune.checkpoint.hf_source import CONFIG_FILE, WEIGHTS_FILE
 from megatron_prune.deployment.smoothing import Smoothed, clip, smooth
 from megatron_prune.errors import UserError
+from megatron_prune.evaluation.scoring import load_model
 
 REPORT_FILE: Final = "quantization.json"
 HEAD: Final = "lm_head"
@@ -81,20 +82,16 @@ def quantize_export(export: Path, output: Path, calibration: Calibration | None)
     _check_replaceable(output)
     if _is_quantized(export):
         raise UserError(f"{export} is quantised already; give the export that it was made from")
-    import transformers  # seconds to import
-
     smoothed, clipped, source = None, None, export
     with _scratch(output) as scratch:
         if calibration is not None:
             source = scratch / "calibrated"
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
+            model = load_model(export)
             smoothed = smooth(model, calibration.tokens) if calibration.smooth else None
             clipped = clip(model, calibration.tokens) if calibration.clip else None
             model.save_pretrained(source)
             del model
-        quantized: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, quantization_config=config
-        )
+        quantized = load_model(source, quantization_config=config)
         final = scratch / "final"
         # One file: torchao finds a tensor's parts by name only within a file.
         quantized.save_pretrained(final, max_shard_size=2**62)

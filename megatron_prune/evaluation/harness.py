@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from megatron_prune.errors import UserError
+from megatron_prune.evaluation.scoring import LOADING_ERRORS, first_line
 
 _HUB: Final = "https://huggingface.co"
 _HUB_SECONDS: Final = 5.0
@@ -117,8 +118,8 @@ def evaluate(
             batch_size=batch_size,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory} is no model with a tokenizer ({_first_line(error)}); give an export") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"{directory} is no model with a tokenizer ({first_line(error)}); give an export") from error
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=loaded,
@@ -140,7 +141,7 @@ def _load(manager: Any, tasks: Sequence[str]) -> list[Any]:
             found = manager.load([name])
         except (OSError, ValueError) as error:  # the kinds of datasets and of the hub's client
             raise DataMissing(
-                f"the data of task {name} is not here and cannot be fetched ({_first_line(error)}); load it where a "
+                f"the data of task {name} is not here and cannot be fetched ({first_line(error)}); load it where a "
                 "network is and bring HF_HOME along, give --task-dir with tasks of your own, or --suite offline"
             ) from error
         loaded += [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
@@ -161,8 +162,3 @@ def _hub_answers() -> bool:
         return True
     except (OSError, ValueError):
         return False
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_prune.errors import UserError
@@ -20,6 +21,8 @@ from megatron_prune.evaluation.cloze import Question
 
 #: For a model whose config does not say how long a sequence it takes.
 DEFAULT_MAX_LENGTH: Final = 2048
+#: What transformers raises for a directory that is no model, or a damaged one.
+LOADING_ERRORS: Final = (OSError, ValueError, KeyError, SafetensorError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +56,41 @@ def load_causal_lm(directory: Path, dtype: torch.dtype = torch.float32) -> tuple
     Raises:
         UserError: there is no such model or no tokenizer.
     """
+    model = load_model(directory, dtype)
+    import transformers
+
+    try:
+        return model, transformers.AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} has no tokenizer ({first_line(error)}); give an exported directory") from error
+
+
+def load_model(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A model directory's model, ready to evaluate, by transformers' own Auto class.
+
+    Args:
+        directory: of config and weights.
+        dtype: of the weights in memory.
+        options: more of what ``from_pretrained`` takes.
+
+    Raises:
+        UserError: there is no such model, or its weights are damaged.
+    """
     import transformers  # takes seconds, which reading questions should not
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{directory} is no model with a tokenizer ({reason}); give an exported directory") from error
-    return model.eval(), tokenizer
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).eval()
+    except LOADING_ERRORS as error:
+        raise UserError(
+            f"{directory} cannot be loaded by transformers ({first_line(error)}); give a whole model directory"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, shortened to a line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def score_questions(

@@ -158,7 +158,18 @@ def without(model_dir: Path, tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
-@pytest.mark.parametrize("pattern", ["tokenizer*", "*.safetensors", "*"])
-def test_what_is_no_model_is_told(without: Callable[[str], Path], pattern: str) -> None:
-    with pytest.raises(UserError, match="is no model with a tokenizer"):
+@pytest.mark.parametrize(
+    ("pattern", "what"),
+    [("tokenizer*", "has no tokenizer"), ("*.safetensors", "cannot be loaded"), ("*", "cannot be loaded")],
+)
+def test_what_is_no_model_is_told(without: Callable[[str], Path], pattern: str, what: str) -> None:
+    with pytest.raises(UserError, match=what):
         load_causal_lm(without(pattern))
+
+
+def test_a_damaged_file_of_weights_is_told(without: Callable[[str], Path]) -> None:
+    directory = without("nothing")
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="cannot be loaded by transformers"):
+        load_causal_lm(directory)
