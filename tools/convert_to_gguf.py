@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.gguf import OUTTYPES, compare_greedy, convert
-from megatron_prune.deployment.texts import model_directory
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 
 PROMPTS = ("def read_lines(path):\n    ", "import os\nimport sys\n\nclass ", "The quick brown fox")

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.onnx_export import export_onnx
-from megatron_prune.deployment.texts import model_directory
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 
 

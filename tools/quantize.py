@@ -23,9 +23,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.comparison import compare_precisions, precision_table
 from megatron_prune.deployment.quantize import Calibration, quantize_export
-from megatron_prune.deployment.texts import held_out_documents, model_directory, token_batch, training_documents
+from megatron_prune.deployment.texts import held_out_documents, token_batch, training_documents
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 from megatron_prune.evaluation.cloze import make_questions, task_names
 

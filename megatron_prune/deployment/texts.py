@@ -1,4 +1,4 @@
-"""Text to measure and to calibrate with, and the model directory behind a path that a user gives."""
+"""Text to measure and to calibrate with."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from megatron_prune.checkpoint.hf import export_verified, read_config
-from megatron_prune.checkpoint.hf_source import CONFIG_FILE
-from megatron_prune.checkpoint.store import SOURCE_DIR, Checkpoint, newest_checkpoint
 from megatron_prune.data.documents import stdlib_files
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 
 #: Of the standard library's bytes, from its end: what the demo's --split holds out has twice as many.
 HELD_OUT_SHARE: Final = 0.02
-_SHARD_BYTES: Final = 5 * 10**9
-_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def held_out_documents(files: Sequence[Path]) -> list[str]:
@@ -68,36 +63,6 @@ def token_batch(model_dir: Path, documents: Iterable[str], samples: int, length:
     raise UserError(
         f"the text has {len(tokens)} tokens, {samples * length} are needed; give more text or fewer --tokens"
     )
-
-
-def model_directory(path: Path) -> Path:
-    """The Hugging Face directory that is meant: the path itself, or a run's newest checkpoint, exported first.
-
-    The export goes to the run's ``exports/step_N`` and is used again.
-
-    Raises:
-        UserError: the path is neither.
-    """
-    if (path / CONFIG_FILE).is_file():
-        return path
-    newest = newest_checkpoint(path) if path.is_dir() else None
-    if newest is None:
-        raise UserError(f"{path} is no model ({CONFIG_FILE}) and no run with a complete checkpoint; give one of them")
-    checkpoint = Checkpoint(newest)
-    specs, step = checkpoint.specs(), checkpoint.manifest.progress.step
-    directory = path / "exports" / f"step_{step:08d}"
-    if not (directory / CONFIG_FILE).is_file():
-        precision = str(checkpoint.manifest.setting("train", "precision"))
-        export_verified(
-            directory,
-            checkpoint.manifest.partition.architecture(),
-            lambda name: checkpoint.live(specs[name]),
-            dtype=_DTYPES[precision],
-            tokenizer_dir=path / SOURCE_DIR,
-            source_config=read_config(path / SOURCE_DIR),
-            max_shard_bytes=_SHARD_BYTES,
-        )
-    return directory
 
 
 def _read(file: Path) -> str:

@@ -45,7 +45,7 @@ def test_quantize_compares_three_precisions(
 def test_no_model_is_named(repo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for tool, more in (("quantize", []), ("export_onnx", []), ("convert_to_gguf", ["--llama-cpp", str(tmp_path)])):
         assert run(repo_root, tool, str(tmp_path), *more) == 2
-        assert "no run with a complete checkpoint" in capsys.readouterr().err
+        assert "is neither a Hugging Face model directory nor the --save of a run" in capsys.readouterr().err
 
 
 def test_targets_are_checked(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
