@@ -62,14 +62,13 @@ def contestants(
     Raises:
         UserError: no such model or shape.
     """
-    for text in models:
+    for text, name in zip(models, short_names(models), strict=True):
         path = Path(text)
         if path.suffix == ".gguf":
             file = GgufModel(path, context)
-            yield Contestant(_short_name(path), file.precision, file.parameters, file)
+            yield Contestant(name, file.precision, file.parameters, file)
             continue
         config = read_config(path)
-        name = _short_name(path)
         if config.get("quantization_config"):
             yield _contestant(name, "int8", load_model(path))
             continue
@@ -106,6 +105,13 @@ def _at(precision: str, path: Path) -> Any:
     return load_model(path, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
-def _short_name(path: Path) -> str:
-    """Enough of a path to tell models apart: ``runs/demo/export`` is demo/export."""
-    return "/".join(path.resolve().parts[-2:])
+def short_names(models: Sequence[str]) -> list[str]:
+    """Enough of each path to tell models apart: ``runs/demo/export`` is demo/export unless another ends like that."""
+    parts = [Path(text).resolve().parts for text in models]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        apart = (n for n in range(2, len(own)) if all(other[-n:] != own[-n:] for other in others))
+        count = next(apart, len(own))
+        names.append("/".join(own[-count:]))
+    return names

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_prune.config.values import parse_source_shape
-from megatron_prune.deployment.contestants import PAPER_SHAPES
+from megatron_prune.deployment.contestants import PAPER_SHAPES, short_names
 from megatron_prune.deployment.latency_table import Timing, first_of, latency_table, paper_lines, thread_counts
 from megatron_prune.pruning.cost import LatencyTable
 from megatron_prune.training.latency import write_table
@@ -118,3 +118,9 @@ def test_named_shapes_have_the_published_sizes() -> None:
 def test_threads_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     assert thread_counts([1, 2, 4, 8]) == ([1, 2], [4, 8])
+
+
+def test_models_whose_paths_end_alike_have_names_of_their_own() -> None:
+    assert short_names(["runs/a/export", "runs/b/export"]) == ["a/export", "b/export"]
+    assert short_names(["one/run/export", "two/run/export", "x/y"]) == ["one/run/export", "two/run/export", "x/y"]
+    assert short_names(["one/export", "one/export"]) == ["one/export"] * 2
