@@ -55,6 +55,8 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError("--load is missing; give a run directory (what --save was)")
     if options.shape is not None and (options.load is not None or not checked):
         raise UserError("--shape is for --check-targets, in place of --load")
+    if options.shape is not None and options.save is not None:
+        raise UserError(f"--save {options.save} has nothing to write: --shape is no run; drop one of them")
     if options.save is None and not checked:
         raise UserError("--save is missing; give the directory that the model goes to")
     if checked:

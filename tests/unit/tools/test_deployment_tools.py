@@ -65,6 +65,7 @@ def test_flags_that_do_not_go_together(repo_root: Path, capsys: pytest.CaptureFi
         (["--shape", PAPER, "--save", "x"], "--load is missing"),
         (["--shape", PAPER, "--load", "x", "--check-targets", "onnx"], "in place of --load"),
         (["--shape", PAPER, "--check-targets", "trt"], "trt is unknown"),
+        (["--shape", PAPER, "--check-targets", "onnx", "--save", "x"], "has nothing to write"),
     ):
         assert run(repo_root, "convert_to_hf", *arguments) == 2
         assert complaint in capsys.readouterr().err
