@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from megatron_prune.checkpoint.hf_quiet import quiet_transformers
 from megatron_prune.errors import MegatronPruneError, UserError
 
 INSTALL: Final = "pip install onnx onnxscript onnxruntime"
@@ -104,7 +105,7 @@ def _compared(file: Path, model: nn.Module, session: Any, vocab_size: int) -> On
 def _loaded(model_dir: Path) -> Any:
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     try:
         # Eager attention is plain products, which export to plain operators.
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(

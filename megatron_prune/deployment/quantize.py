@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_prune.checkpoint.hf import copy_companions
+from megatron_prune.checkpoint.hf_quiet import quiet_transformers
 from megatron_prune.checkpoint.hf_source import CONFIG_FILE, WEIGHTS_FILE
 from megatron_prune.deployment.smoothing import Smoothed, clip, smooth
 from megatron_prune.errors import UserError
@@ -83,6 +84,7 @@ def quantize_export(export: Path, output: Path, calibration: Calibration | None)
         raise UserError(f"{export} is quantised already; give the export that it was made from")
     import transformers  # seconds to import
 
+    quiet_transformers()
     smoothed, clipped, source = None, None, export
     with _scratch(output) as scratch:
         if calibration is not None:

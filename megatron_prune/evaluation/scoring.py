@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from megatron_prune.checkpoint.hf_quiet import quiet_transformers
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.cloze import Question
 
@@ -55,7 +56,7 @@ def load_causal_lm(directory: Path, dtype: torch.dtype = torch.float32) -> tuple
     """
     import transformers  # takes seconds, which reading questions should not
 
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
