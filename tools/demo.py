@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune.checkpoint.hf import read_architecture
+from megatron_prune.checkpoint.hf_quiet import quiet_transformers
 from megatron_prune.config.cli import load_config
 from megatron_prune.config.schema import Config
 from megatron_prune.data.blend import TokenBlend, parse_data_path
@@ -136,9 +137,8 @@ def _tokens_trained(run_dir: Path) -> int:
 
 def _load(model_dir: Path) -> Any:  # what transformers' own Auto classes promise
     from transformers import AutoModelForCausalLM  # here and below: slow imports that the stages before do not need
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # one per model, over before it is drawn
+    quiet_transformers()
     return AutoModelForCausalLM.from_pretrained(model_dir).float().eval()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_prune.architecture import Architecture, TensorSpec, tensor_specs
 from megatron_prune.checkpoint.hf_config import TOKEN_ID_KEYS, hf_config_from_architecture
+from megatron_prune.checkpoint.hf_quiet import quiet_transformers
 from megatron_prune.checkpoint.hf_source import CONFIG_FILE, INDEX_FILE, TOKENIZER_PATTERNS, WEIGHTS_FILE, read_config
 from megatron_prune.errors import MegatronPruneError, UserError
 from megatron_prune.model.attention import logical_shapes
@@ -145,7 +146,7 @@ def verify_export(directory: Path, arch: Architecture, tensors: TensorSource) ->
     """
     import transformers  # takes seconds, and only exports need it
 
-    transformers.utils.logging.disable_progress_bar()  # a bar per verified snapshot is noise in a training log
+    quiet_transformers()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     stock, loading = loaded
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -13,6 +13,7 @@ import torch
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.hf import hf_config_from_architecture, read_config
+from megatron_prune.checkpoint.hf_quiet import quiet_transformers
 from megatron_prune.config.values import parse_source_shape
 from megatron_prune.deployment.gguf import GgufModel
 from megatron_prune.deployment.quantize import int8_config
@@ -84,6 +85,7 @@ def random_model(arch: Architecture, precision: str) -> Any:
     """A transformers model of a shape with random weights at a precision, in evaluation mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    quiet_transformers()
     config = AutoConfig.for_model(**hf_config_from_architecture(arch, torch_dtype="float32", extra={}))
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     if precision == "int8":

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from megatron_prune.checkpoint.hf_quiet import quiet_transformers
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.scoring import LOADING_ERRORS, first_line
 
@@ -101,6 +102,7 @@ def evaluate(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    quiet_transformers()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     own = [] if task_dir is None else [str(task_dir)]
     stock = [str(path) for folder in _FOLDERS if (path := Path(lm_eval.__file__).parent / "tasks" / folder).is_dir()]

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from megatron_prune.checkpoint.hf_quiet import quiet_transformers
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.cloze import Question
 
@@ -78,7 +79,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32, **options: A
     """
     import transformers  # takes seconds, which reading questions should not
 
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).eval()
     except LOADING_ERRORS as error:

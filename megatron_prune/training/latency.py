@@ -20,6 +20,7 @@ import torch
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.hf_config import hf_config_from_architecture
+from megatron_prune.checkpoint.hf_quiet import quiet_transformers
 from megatron_prune.config import Config, floor_shape, shape_between
 from megatron_prune.config.targets import reachable_heads
 from megatron_prune.errors import UserError
@@ -128,6 +129,7 @@ def decode_ms(arch: Architecture, context: int, dtype: torch.dtype, device: torc
     """
     from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import
 
+    quiet_transformers()
     config = AutoConfig.for_model(**hf_config_from_architecture(arch, torch_dtype=str(dtype)[6:], extra={}))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
