@@ -35,8 +35,9 @@ from megatron_prune.deployment.latency_table import (
     time_all,
 )
 from megatron_prune.deployment.texts import held_out_documents, token_batch
-from megatron_prune.errors import EXIT_BAD_INPUT, UserError
+from megatron_prune.errors import UserError
 from megatron_prune.evaluation.scoring import validation_loss
+from megatron_prune.tool import check_output, run_tool
 from megatron_prune.training.latency import LATENCY_FILE, read_table
 
 LOSS_SAMPLES, LOSS_LENGTH = 32, 256  # held-out tokens of --plot
@@ -59,12 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="held-out text for --plot")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times here too")
     options = parser.parse_args(argv)
-    try:
-        _run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return 0
+    return run_tool(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -79,6 +75,8 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(
             "--plot is about Hugging Face directories: neither a --shape nor a GGUF file has its loss measured"
         )
+    check_output("--json", options.json)
+    check_output("--plot", options.plot)
     expected = None if options.predict is None else _expected(options.predict, options.models[:1])
     threads, beyond = thread_counts(options.threads)
     if beyond:

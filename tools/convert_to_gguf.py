@@ -20,7 +20,8 @@ from pathlib import Path
 
 from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.gguf import OUTTYPES, compare_greedy, convert
-from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
+from megatron_prune.errors import EXIT_FAILURE, UserError
+from megatron_prune.tool import check_output, run_tool
 
 PROMPTS = ("def read_lines(path):\n    ", "import os\nimport sys\n\nclass ", "The quick brown fox")
 
@@ -38,11 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", type=int, default=0, metavar="N", help="compare N greedy tokens a prompt")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="for --check; may be repeated")
     options = parser.parse_args(argv)
-    try:
-        return _run(options)
-    except MegatronPruneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
+    return run_tool(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -50,6 +47,7 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError(f"--check {options.check} must be 0 or more")
     directory = model_directory(options.model)
     output = options.output or directory / f"model-{options.outtype}.gguf"
+    check_output("--output", output)
     named = convert(directory, options.llama_cpp, output, options.outtype, options.pre_tokenizer)
     print(f"{output}: {options.outtype}, pre-tokenizer {named}")
     if not options.check:

@@ -26,7 +26,8 @@ from megatron_prune.checkpoint.run_export import DTYPES, export_run
 from megatron_prune.checkpoint.store import Checkpoint, newest_checkpoint
 from megatron_prune.config.values import parse_source_shape
 from megatron_prune.deployment.runtimes import check_targets, report, runtime_names
-from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
+from megatron_prune.errors import UserError
+from megatron_prune.tool import run_tool
 
 BYTES_PER_GB = 10**9
 
@@ -41,12 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the stored weights; default: the run's precision")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weights file in GB (default: 5)")
     options = parser.parse_args(argv)
-    try:
-        _run(options)
-    except MegatronPruneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
-    return 0
+    return run_tool(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -20,11 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_prune.checkpoint.run_export import model_directory
-from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
+from megatron_prune.errors import UserError
 from megatron_prune.evaluation.harness import DataMissing, Scores, evaluate, prepare_environment, tasks_in
 from megatron_prune.evaluation.offline import write_offline_tasks
 from megatron_prune.evaluation.published import COMMON_SENSE, MMLU
 from megatron_prune.evaluation.report import paper_row, paper_table, plain_row, table
+from megatron_prune.tool import check_output, run_tool
 
 SUITES = ("auto", "commonsense", "offline")
 
@@ -32,12 +33,7 @@ SUITES = ("auto", "commonsense", "offline")
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; returns the exit code: 0, 2 for bad input, 1 anything else."""
     options = _parser().parse_args(argv)
-    try:
-        _evaluate(options)
-    except MegatronPruneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
-    return 0
+    return run_tool(lambda: _evaluate(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 def _evaluate(options: argparse.Namespace) -> None:
     if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
         raise UserError("--batch-size and --limit must be 1 or more")
+    check_output("--output", options.output)
     online = prepare_environment()
     directory = model_directory(options.model)
     if directory != options.model:
@@ -111,7 +108,6 @@ def _write(path: Path, model: str, suite: str, row: Mapping[str, float], scores:
         "row": row,
         "tasks": scores.tasks,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.onnx_export import export_onnx
-from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
+from megatron_prune.tool import check_output, run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,17 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="Hugging Face directory, or run directory")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: model.onnx in the model's directory")
     options = parser.parse_args(argv)
-    try:
-        directory = model_directory(options.model)
-        report = export_onnx(directory, options.output or directory / "model.onnx")
-    except MegatronPruneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
+    return run_tool(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    directory = model_directory(options.model)
+    output = options.output or directory / "model.onnx"
+    check_output("--output", output)
+    report = export_onnx(directory, output)
     print(
         f"{report.file}: the most likely token is equal at all {report.positions} positions in onnxruntime, logits "
         f"within {report.max_abs_logit_difference:.1e} of transformers'"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from megatron_prune.data.instructions import InstructionSamples, read_instructio
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 from megatron_prune.lora import LoraSettings, train_adapters
 from megatron_prune.parallel.mesh import map_launcher_environment
+from megatron_prune.tool import EXIT_INTERRUPTED, check_output
 from megatron_prune.tuning import EXPORT_DIR, Tuning, check, samples_of, steps, trainer_flags
 
 #: Adapters are few and start at zero: they bear, and need, larger steps.
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.prompts is not None and options.generate is None:
             raise UserError(f"--prompts {options.prompts} is of no use without --generate; give both")
+        if options.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {options.max_new_tokens} must be 1 or more")
+        if is_main:
+            check_output("--generate", options.generate)
         tuning = _tuning(options)
         check(tuning, flags)
         code = _adapt(tuning, options, flags) if options.lora_rank is not None else _train(tuning, flags, is_main)
@@ -56,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
+    except KeyboardInterrupt:  # the trainer saves first: this is before or after it, or adapters
+        if is_main:
+            print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

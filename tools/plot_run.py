@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prune.errors import EXIT_BAD_INPUT, UserError
+from megatron_prune.tool import EXIT_INTERRUPTED
 
 HTML_FILE = "run.html"
-#: Of Python processes that end on Ctrl-C.
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,8 +27,9 @@ from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.comparison import compare_precisions, precision_table
 from megatron_prune.deployment.quantize import Calibration, quantize_export
 from megatron_prune.deployment.texts import held_out_documents, token_batch, training_documents
-from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
+from megatron_prune.errors import UserError
 from megatron_prune.evaluation.cloze import make_questions, task_names
+from megatron_prune.tool import check_output, run_tool
 
 LENGTH = 256  # tokens of a sample, of text that is measured and of text that is calibrated with
 SEED = 1234
@@ -50,12 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=100, help="of each task of the offline suite (default: 100)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
     options = parser.parse_args(argv)
-    try:
-        _run(options)
-    except MegatronPruneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
-    return 0
+    return run_tool(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -64,6 +60,7 @@ def _run(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be {LENGTH} or more")
     if options.questions < 0:
         raise UserError(f"--questions {options.questions} must be 0 or more")
+    check_output("--json", options.json)
     export = model_directory(options.model)
     output = options.output or export.with_name(f"{export.name}-int8")
     documents = held_out_documents(options.text)

@@ -11,6 +11,7 @@ PACKAGE = "megatron_prune"
 LAYER = {
     "__init__": 0,
     "errors": 0,
+    "tool": 0,
     "architecture": 0,
     "config": 0,
     "parallel": 1,
