@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from megatron_prune.study.results import Results, Spread, loss
-from megatron_prune.study.tables import SCHEMES, aware_row
+from megatron_prune.study.tables import METRICS, SCHEMES, aware_row
 
 #: The metrics that are there to be beaten.
 WEAK: Final = ("random", "magnitude")
@@ -37,13 +37,24 @@ def _weak(results: Results, source: str, stage: str) -> str:
     if not said or taylor is None:
         return ""
     way = "Pruned all at once without training" if stage == "alone" else "Pruned while training"
-    return f"{way}, {' and '.join(said)} than `taylor` ({taylor.text()} held-out loss)."
+    sentence = f"{way}, {' and '.join(said)} than `taylor` ({taylor.text()} held-out loss)"
+    others = [metric for metric in METRICS if metric not in (*WEAK, "taylor")]
+    lower = [(metric, found) for metric in others if (found := spread(metric)) and found.mean < taylor.mean]
+    if not lower:
+        return f"{sentence}, and no metric has a lower loss than it."
+    return f"{sentence}, and lower than it {'is' if len(lower) == 1 else 'are'} " + (
+        ", ".join(f"`{metric}` ({found.text()}, {_how(found, taylor)})" for metric, found in lower) + "."
+    )
 
 
 def _verdict(metric: str, found: Spread, taylor: Spread) -> str:
     """``random`` is clearly worse (4.1 ± 0.1): every seed of one beats every seed of the other, or it is not clear."""
     clearly = "clearly" if found.apart(taylor) else "not clearly"
     return f"`{metric}` is {clearly} {'worse' if found.mean > taylor.mean else 'better'} ({found.text()})"
+
+
+def _how(one: Spread, other: Spread) -> str:
+    return "clearly" if one.apart(other) else "within the spread of the seeds"
 
 
 def _beaten(results: Results, source: str) -> str:
@@ -56,8 +67,7 @@ def _beaten(results: Results, source: str) -> str:
         other = results.spread(source, row, loss("final"))
         if row.startswith(OURS) or other is None or other.mean >= ours.mean:
             continue
-        how = "clearly" if other.apart(ours) else "within the spread of the seeds"
-        better.append(f"{label} ({other.text()}, {how})")
+        better.append(f"{label} ({other.text()}, {_how(other, ours)})")
     head = f"Source `{source}`, at equal tokens:"
     if better:
         return f"{head} unified pruning-aware pretraining ({ours.text()}) is beaten by {', '.join(better)}."

@@ -9,12 +9,11 @@ from megatron_prune.study.claims import first_paragraph, second_paragraph
 from megatron_prune.study.figures import write_figures
 from megatron_prune.study.results import Results
 from megatron_prune.study.tables import (
-    METRICS,
-    ORDERS,
-    aware_row,
+    has_metrics,
+    has_orders,
+    has_ratios,
     metrics_table,
     orders_table,
-    ratio_rows,
     schemes_table,
     shapes_table,
 )
@@ -38,11 +37,11 @@ def page(results: Results) -> str:
     parts = [MARK, "# Study: the paper's comparisons in miniature", first_paragraph(results), second_paragraph(results)]
     parts += [_setting(results), _schemes(results)]
     main = results.sources()[0]
-    if all(results.of(main, aware_row(metric)) for metric in METRICS):
+    if has_metrics(results, main):
         parts += [_metrics(results, main)]
-    if all(results.of(main, row) for row in ORDERS):
+    if has_orders(results, main):
         parts += [_orders(results, main)]
-    if len(ratio_rows(results, main)) > 1:
+    if has_ratios(results, main):
         parts += [_shapes(results, main)]
     return "\n\n".join(_wrapped(part) for part in [*parts, _saliency(results, main), _limits(results)]) + "\n"
 

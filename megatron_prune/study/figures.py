@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
 from matplotlib.figure import Figure
 
 from megatron_prune.plotting import DOTS_PER_INCH, RunRecords, plot_run
 from megatron_prune.study.results import Results, loss
-from megatron_prune.study.tables import METRICS, aware_row, ratio_of, ratio_rows
+from megatron_prune.study.tables import METRICS, aware_row, has_metrics, has_ratios, ratio_of, ratio_rows
 
 _PRUNED_COLOUR, _SOURCE_COLOUR = "#0072B2", "#7F7F7F"
 
@@ -28,9 +27,11 @@ def write_figures(results: Results, docs: Path) -> list[Path]:
     """
     docs.mkdir(parents=True, exist_ok=True)
     source = results.sources()[0]
-    drawings: Mapping[str, Callable[[Results, str], Figure]] = MappingProxyType(
-        {"study_tokens.png": _tokens_figure, "study_metrics.png": _metrics_figure}
-    )
+    drawings: dict[str, Callable[[Results, str], Figure]] = {}
+    if has_ratios(results, source):
+        drawings["study_tokens.png"] = _tokens_figure
+    if has_metrics(results, source):
+        drawings["study_metrics.png"] = _metrics_figure
     paths = []
     for name, draw in drawings.items():
         paths.append(docs / name)

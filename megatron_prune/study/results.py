@@ -93,7 +93,7 @@ def accuracy(stage: str, task: str | None = None, kind: str = "acc") -> Callable
 
 
 def collect(study: Study, runs: Sequence[Run]) -> Results:
-    """Gather the results of finished runs.
+    """Gather the results of finished runs; the removals, which only pictures need, of the first seed alone.
 
     Raises:
         UserError: one has none.
@@ -103,7 +103,8 @@ def collect(study: Study, runs: Sequence[Run]) -> Results:
         record = run.result()
         if record is None:
             raise UserError(f"{run.key} has no result of these settings; run the study again")
-        records.append({name: value for name, value in record.items() if name != "fingerprint"})
+        left_out = {"fingerprint"} if run.seed in (None, study.seeds[0]) else {"fingerprint", "events"}
+        records.append({name: value for name, value in record.items() if name not in left_out})
     sources = {}
     for name, source in study.sources.items():
         given = "given" if source.path is not None else "trained by the study"

@@ -112,6 +112,21 @@ def shapes_table(results: Results, source: str) -> str:
     return table(head, rows)
 
 
+def has_metrics(results: Results, source: str) -> bool:
+    """True if every metric was run, alone and while training."""
+    return all(results.of(source, row) for metric in METRICS for row in (f"alone-{metric}", aware_row(metric)))
+
+
+def has_orders(results: Results, source: str) -> bool:
+    """True if every forced order was run."""
+    return all(results.of(source, row) for row in ORDERS)
+
+
+def has_ratios(results: Results, source: str) -> bool:
+    """True if more than one ratio was run, and the metrics."""
+    return len(ratio_rows(results, source)) > 1 and has_metrics(results, source)
+
+
 def ratio_rows(results: Results, source: str) -> list[str]:
     """The taylor rows from the fastest pruning to the slowest."""
     rows = [row for row in results.facts["rows"] if row == "unified" or row.startswith("ratio-")]
