@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from megatron_prune.study.results import Results, Spread, loss
-from megatron_prune.study.tables import METRICS, SCHEMES, aware_row
+from megatron_prune.study.tables import METRICS, SCHEMES, aware_row, pruning_tokens
 
 #: The metrics that are there to be beaten.
 WEAK: Final = ("random", "magnitude")
@@ -38,6 +38,11 @@ def _weak(results: Results, source: str, stage: str) -> str:
         return ""
     way = "Pruned all at once without training" if stage == "alone" else "Pruned while training"
     sentence = f"{way}, {' and '.join(said)} than `taylor` ({taylor.text()} held-out loss)"
+    if stage == "aware":
+        trained = {metric: pruning_tokens(results, source, aware_row(metric)) for metric in (*WEAK, "taylor")}
+        sentence += " after " + ", ".join(
+            f"{tokens} tokens (`{metric}`)" for metric, tokens in trained.items() if tokens
+        )
     others = [metric for metric in METRICS if metric not in (*WEAK, "taylor")]
     lower = [(metric, found) for metric in others if (found := spread(metric)) and found.mean < taylor.mean]
     if not lower:

@@ -70,7 +70,7 @@ def _scheme(results: Results, source: str, row: str | None, label: str) -> list[
 
 def metrics_table(results: Results, source: str) -> str:
     """Table 2: each metric without any training and pruning while training, neither trained on afterwards."""
-    head = ["metric", "alone: loss", "mean acc", "pruning-aware: loss", "mean acc", "gain in loss"]
+    head = ["metric", "alone: loss", "mean acc", "pruning-aware: loss", "mean acc", "gain in loss", "its tokens"]
     rows = []
     for metric in METRICS:
         alone, aware = f"alone-{metric}", aware_row(metric)
@@ -80,8 +80,14 @@ def metrics_table(results: Results, source: str) -> str:
             gain = Spread(tuple(a - b for a, b in zip(before.values, after.values, strict=True)))
         cells = [_text(before), _text(results.spread(source, alone, accuracy("pruned")), 1)]
         cells += [_text(after), _text(results.spread(source, aware, accuracy("pruned")), 1), _text(gain)]
-        rows.append([metric, *cells])
+        rows.append([metric, *cells, pruning_tokens(results, source, aware)])
     return table(head, rows)
+
+
+def pruning_tokens(results: Results, source: str, row: str) -> str:
+    """Tokens after which the last group went, over the seeds."""
+    records = results.of(source, row)
+    return _range([record["pruning_tokens"] for record in records]) if records else ""
 
 
 def orders_table(results: Results, source: str) -> str:
