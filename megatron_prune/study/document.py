@@ -96,8 +96,8 @@ def _metrics(results: Results, source: str) -> str:
 Source `{source}`, without training after the last removal. Alone: all groups go at once, decided by
 {results.facts["rows"].get("few-shot", {}).get("few_shot_samples", 128)} samples. Pruning-aware: training goes on
 between removals, {results.facts["pruning"]["prune_ratio"]} pruned units to optimizer steps, at a constant rate. A
-hidden channel counts two units and frees many parameters, so metrics that choose those end sooner: the last column has the tokens of
-the pruning stage.
+hidden channel counts two units and frees many parameters, so metrics that choose those end sooner: the last column has
+the tokens of the pruning stage.
 
 {metrics_table(results, source)}
 
