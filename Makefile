@@ -48,7 +48,7 @@ browser:
 	echo "make test opens a page in Chromium, which is not installed; on Debian: apt-get install chromium"; exit 1
 
 study: $(INSTALLED) ## the paper's comparisons in miniature, into docs/study.md (about an hour on 2 cores; continues)
-	$(BIN)/python tools/study.py --jobs 2
+	$(BIN)/python tools/study.py --results examples/study/results.json
 
 # pytest would only say that it found no tests.
 test-gpu: $(INSTALLED) ## the tests of the CUDA kernels; needs an NVIDIA GPU
