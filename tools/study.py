@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from megatron_prune.study.workers import execute_runs
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study; returns the exit code: 0, 2 for bad input, 130 when interrupted, 1 for runs that failed."""
     options = _parse(argv)
+    # A batch system's way to end a program should end the workers too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if options.from_results is None:
             _study(options)

@@ -16,14 +16,13 @@ def first_paragraph(results: Results) -> str:
     """Whether random and magnitude are worse than taylor, and which baselines beat pruning while training."""
     source = results.sources()[0]
     sentences = [_weak(results, source, stage) for stage in ("alone", "aware")]
-    sentences = [sentence for sentence in sentences if sentence]
     sentences += [_beaten(results, name) for name in results.sources()]
-    return " ".join(sentences)
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def second_paragraph(results: Results) -> str:
     """By how much pruning while training is better or worse than each other scheme, all at equal tokens."""
-    return "\n".join(_margins(results, source) for source in results.sources())
+    return "\n\n".join(filter(None, (_margins(results, source) for source in results.sources())))
 
 
 def _weak(results: Results, source: str, stage: str) -> str:
@@ -68,11 +67,13 @@ def _beaten(results: Results, source: str) -> str:
 def _margins(results: Results, source: str) -> str:
     """A list of differences in loss, seed by seed."""
     ours = results.spread(source, OURS, loss("final"))
+    if ours is None:
+        return ""
     lines = [f"Loss of each other scheme minus that of unified pruning, source `{source}`, by the same seeds:", ""]
     for row, label in SCHEMES.items():
         other = results.spread(source, row, loss("final"))
-        if row == OURS or ours is None or other is None:
+        if row == OURS or other is None:
             continue
         paired = Spread(tuple(b - a for a, b in zip(ours.values, other.values, strict=True)))
         lines.append(f"- {label.strip('*')}: {paired.mean:+.3f} ± {paired.deviation:.3f}")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from megatron_prune.study.claims import first_paragraph, second_paragraph
@@ -20,6 +21,7 @@ from megatron_prune.study.tables import (
 from megatron_prune.training.run_dir import replace_text
 
 PAGE = "study.md"
+LINE_LENGTH = 120
 MARK = "<!-- Written by tools/study.py from results; change that, not this. -->"
 
 
@@ -42,7 +44,14 @@ def page(results: Results) -> str:
         parts += [_orders(results, main)]
     if len(ratio_rows(results, main)) > 1:
         parts += [_shapes(results, main)]
-    return "\n\n".join([*parts, _saliency(results, main), _limits(results)]) + "\n"
+    return "\n\n".join(_wrapped(part) for part in [*parts, _saliency(results, main), _limits(results)]) + "\n"
+
+
+def _wrapped(part: str) -> str:
+    """Numbers make lines of any length; paragraphs are filled again, tables, lists and code stay as they are."""
+    kept = ("|", "#", "-", "!", "<", " ")
+    blocks = part.split("\n\n")
+    return "\n\n".join(block if block.startswith(kept) else textwrap.fill(block, LINE_LENGTH) for block in blocks)
 
 
 def _setting(results: Results) -> str:
@@ -75,7 +84,7 @@ def _schemes(results: Results) -> str:
         """## Table 1: schemes at equal tokens
 
 Direct pretraining starts from random weights at three times the learning rate. "Pruning" is the tokens after which
-the last group went. Few-shot pruning's samples count as tokens of the run but take no optimizer step."""
+the last group went. Few-shot pruning's samples count as tokens of its row, which has as many optimizer steps less."""
     ]
     for source in results.sources():
         parts += [f"Source `{source}`:", schemes_table(results, source)]
@@ -126,8 +135,12 @@ Source `{source}`, row `unified`, seed {seed}.
 
 
 def _limits(results: Results) -> str:
-    return """## What this does not show
+    settings = results.facts["settings"]
+    row = settings["train_iters"] * settings["global_batch_size"] * settings["seq_length"]
+    shares = [f"{row / results.of(name, None)[0]['tokens']:.1%} of those of `{name}`" for name in results.sources()]
+    return f"""## What this does not show
 
-Models of this size on text of one kind say nothing about the same methods at a thousand times the size. Seeds vary
-the order of the text, not the source, so the spread is that of the pruning and the training after it. The learning
-rates were not tuned for each row. A given source may have seen other versions of the standard library."""
+Models of this size on text of one kind say nothing about the same methods at a thousand times the size. The tokens of
+a row are few, {" and ".join(shares)}: training from random weights has no time to catch up. Seeds vary the order of
+the text, not the source, so the spread is that of the pruning and the training after it. The learning rates were not
+tuned for each row. A given source may have seen other versions of the standard library."""

@@ -102,7 +102,8 @@ class _Progress:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds // 60:.0f}m{seconds % 60:02.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02}s"
 
 
 def _end(processes: Sequence[ForkServerProcess]) -> None:

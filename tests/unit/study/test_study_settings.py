@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,12 +31,11 @@ def test_every_row_of_the_tables_is_run_with_three_seeds(study: Study, runs: lis
 
 
 def test_rows_that_are_continued_see_equal_tokens(runs: list[Run]) -> None:
-    names = ("train_iters", "global_batch_size", "seq_length")
-    seen = {
-        tuple(run.settings[name] for name in names)
-        for run in runs
-        if run.row is not None and run.row.continued and not run.row.alone
-    }
+    def tokens(settings: Mapping[str, Any]) -> int:
+        samples = settings["train_iters"] * settings["global_batch_size"] + settings.get("few_shot_samples", 0)
+        return int(samples * settings["seq_length"])
+
+    seen = {tokens(run.settings) for run in runs if run.row is not None and run.row.continued and not run.row.alone}
     assert len(seen) == 1
 
 
