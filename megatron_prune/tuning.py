@@ -71,6 +71,20 @@ def check(tuning: Tuning, flags: Sequence[str]) -> None:
         raise UserError(f"{tuning.model} is neither a Hugging Face model directory nor the --save of a run")
 
 
+def check_target(save: Path, beside: str) -> None:
+    """Keep a model that something else wrote, such as pruning or the model to tune itself, from being replaced.
+
+    Args:
+        save: run directory of the tuning.
+        beside: what a tuning of this kind has left beside its export.
+
+    Raises:
+        UserError: there is an export that it has not written.
+    """
+    if (save / EXPORT_DIR).exists() and not (save / beside).is_dir():
+        raise UserError(f"--save {save} has a directory {EXPORT_DIR!r} that is not of this tuning; give another --save")
+
+
 def samples_of(tuning: Tuning, vocab_size: int, seed: int = 0) -> InstructionSamples:
     """The examples as the trainer sees them.
 

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 def _evaluate(options: argparse.Namespace) -> None:
     if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
         raise UserError("--batch-size and --limit must be 1 or more")
+    _check_together(options)
     check_output("--output", options.output)
     online = prepare_environment()
     directory = model_directory(options.model)
@@ -73,6 +74,16 @@ def _evaluate(options: argparse.Namespace) -> None:
             why = "" if online else "; the hub does not answer"
             print(f"suite offline, because {str(error).split(';', 1)[0]}{why}", flush=True)
     _offline(options, directory)
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Refuse flags that nothing would heed."""
+    if options.task_dir is not None and options.suite != "auto":
+        raise UserError(f"--suite {options.suite} does not go with --task-dir, which takes its place; drop one of them")
+    if options.keep_tasks is not None and (options.task_dir is not None or options.suite == "commonsense"):
+        raise UserError(f"--keep-tasks {options.keep_tasks} keeps the offline suite, which is not asked; drop it")
+    if options.mmlu and options.suite == "offline":
+        raise UserError("--mmlu is not in --suite offline; drop one of them")
 
 
 def _offline(options: argparse.Namespace, directory: Path) -> None:

@@ -20,13 +20,14 @@ from pathlib import Path
 
 from megatron_prune.checkpoint.hf import read_architecture
 from megatron_prune.checkpoint.run_export import export_run, model_directory
+from megatron_prune.checkpoint.store import CHECKPOINTS
 from megatron_prune.config import load_config
 from megatron_prune.data.instructions import InstructionSamples, read_instructions
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
-from megatron_prune.lora import LoraSettings, train_adapters
+from megatron_prune.lora import ADAPTER_DIR, LoraSettings, train_adapters
 from megatron_prune.parallel.mesh import map_launcher_environment
 from megatron_prune.tool import EXIT_INTERRUPTED, check_output
-from megatron_prune.tuning import EXPORT_DIR, Tuning, check, samples_of, steps, trainer_flags
+from megatron_prune.tuning import EXPORT_DIR, Tuning, check, check_target, samples_of, steps, trainer_flags
 
 #: Adapters are few and start at zero: they bear, and need, larger steps.
 LORA_LR = 2e-4
@@ -105,6 +106,7 @@ def _train(tuning: Tuning, flags: Sequence[str], is_main: bool) -> int:
     """All parameters, by the trainer, on as many processes as there are."""
     from megatron_prune import pretrain
 
+    check_target(tuning.save, CHECKPOINTS)
     samples = samples_of(tuning, read_architecture(tuning.source).vocab_size)
     train_iters = steps(tuning, samples)
     settings = load_config(trainer_flags(tuning, train_iters, 1, flags))
@@ -123,6 +125,7 @@ def _adapt(tuning: Tuning, options: argparse.Namespace, flags: Sequence[str]) ->
         raise UserError(f"{flags[0]} goes to the trainer, which --lora-rank does not use; drop it")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--lora-rank works in one process; start it with plain python")
+    check_target(tuning.save, ADAPTER_DIR)
     model = model_directory(tuning.model)
     samples = samples_of(tuning, read_architecture(model).vocab_size)
     train_iters = steps(tuning, samples)

@@ -150,10 +150,10 @@ def _vllm(arch: Architecture) -> Iterator[Finding]:
         f"not in {CUTLASS_MULTIPLE}s, so the slower Triton kernel runs: {', '.join(off)}" if off else "CUTLASS kernel"
     )
     basis = f"{VLLM}, _custom_ops.py: cutlass_scaled_mm; older versions refuse instead"
-    yield Finding("vllm", "int8 W8A8", "but" if off else "yes", reason, basis)
+    yield Finding("vllm", "int8 W8A8, TP 1", "but" if off else "yes", reason, basis)
     off = [name for name, (out, wide) in inner.items() if out % MARLIN_OUT or wide % MARLIN_IN]
     reason = f"wants outputs in {MARLIN_OUT}s, inputs in {MARLIN_IN}s: {', '.join(off)}" if off else "Marlin kernel"
-    yield Finding("vllm", "4-bit Marlin", "no" if off else "yes", reason, f"{VLLM}, marlin.py: create_weights")
+    yield Finding("vllm", "4-bit Marlin, TP 1", "no" if off else "yes", reason, f"{VLLM}, marlin.py: create_weights")
 
 
 def _merged(arch: Architecture) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_prune.config import load_config, validate_config
 from megatron_prune.errors import UserError
-from megatron_prune.tuning import Tuning, check, trainer_flags
+from megatron_prune.tuning import Tuning, check, check_target, trainer_flags
 
 
 def model_directory(tmp_path: Path) -> Path:
@@ -71,3 +71,12 @@ def test_what_does_not_go_with_instructions(flags: list[str], message: str) -> N
     given = ["--instruction-data", "x.json", "--source", "m", "--save", "s", "--train-iters", "1000"]
     with pytest.raises(UserError, match=message):
         validate_config(load_config([*given, "--eval-interval", "0", *flags]), 1)
+
+
+def test_a_model_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    check_target(tmp_path / "new", "checkpoints")
+    (tmp_path / "export").mkdir()
+    with pytest.raises(UserError, match="that is not of this tuning"):
+        check_target(tmp_path, "checkpoints")
+    (tmp_path / "checkpoints").mkdir()
+    check_target(tmp_path, "checkpoints")

@@ -27,7 +27,7 @@ def test_the_papers_shape() -> None:
     vllm, llama = found(PAPER, "vllm"), found(PAPER, "llama.cpp")
     assert [vllm[f"TP {size}"].verdict for size in (1, 2, 4, 8)] == ["yes", "no", "no", "no"]
     assert vllm["TP 4"].reason == "19 heads are no multiple of 4; ffn 3006 is no multiple of 4"
-    assert (vllm["int8 W8A8"].verdict, vllm["4-bit Marlin"].verdict) == ("but", "no")
+    assert (vllm["int8 W8A8, TP 1"].verdict, vllm["4-bit Marlin, TP 1"].verdict) == ("but", "no")
     assert llama["class"].verdict == llama["f16, f32"].verdict == "yes"
     # o_proj alone, 24 * 1195 * 1216 of 456.9M, has rows in blocks.
     assert "8% of weights are q8_0" in llama["q8_0"].reason

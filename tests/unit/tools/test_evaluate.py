@@ -93,3 +93,19 @@ def test_what_is_no_model(tool: dict[str, Any], tmp_path: Path, capsys: pytest.C
     assert tool["main"]([str(tmp_path)]) == 2
     assert "is neither a Hugging Face model directory nor the --save of a run" in capsys.readouterr().err
     assert tool["main"]([str(tmp_path), "--limit", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--suite", "offline", "--mmlu"], "--mmlu is not in --suite offline"),
+        (["--suite", "offline", "--task-dir", "d"], "does not go with --task-dir"),
+        (["--suite", "commonsense", "--keep-tasks", "d"], "keeps the offline suite, which is not asked"),
+    ],
+)
+def test_flags_that_nothing_would_heed(
+    tool: dict[str, Any], model: str, flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(tool, has_data=True)
+    assert tool["main"]([model, *flags]) == 2
+    assert complaint in capsys.readouterr().err
