@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_prune.checkpoint.hf import copy_companions
+from megatron_prune.checkpoint.hf_quiet import quiet_transformers
 from megatron_prune.checkpoint.hf_source import CONFIG_FILE, WEIGHTS_FILE
 from megatron_prune.deployment.smoothing import Smoothed, clip, smooth
 from megatron_prune.errors import UserError
@@ -112,6 +113,7 @@ def int8_config() -> Any:
     Raises:
         UserError: torchao is not installed.
     """
+    quiet_transformers()
     try:
         from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
         from torchao.quantization.granularity import PerAxis
