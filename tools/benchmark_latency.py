@@ -34,7 +34,7 @@ from megatron_prune.deployment.latency_table import (
     thread_counts,
     time_all,
 )
-from megatron_prune.deployment.texts import held_out_documents, token_batch
+from megatron_prune.deployment.texts import documents_or_held_out, token_batch
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.scoring import validation_loss
 from megatron_prune.tool import check_output, run_tool
@@ -103,7 +103,7 @@ def _plot(entrants: Sequence[Contestant], timings: Sequence[Timing], options: ar
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise UserError("--plot needs matplotlib, which is not installed; run: pip install matplotlib") from error
-    text = token_batch(Path(options.models[0]), held_out_documents(options.text), LOSS_SAMPLES, LOSS_LENGTH)
+    text = token_batch(Path(options.models[0]), documents_or_held_out(options.text), LOSS_SAMPLES, LOSS_LENGTH)
     losses = {(entrant.name, entrant.precision): validation_loss(entrant.model, text.split(1)) for entrant in entrants}
     for (name, precision), loss in losses.items():
         print(f"{name} {precision}: loss {loss:.4f} on held-out text")

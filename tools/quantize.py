@@ -26,13 +26,13 @@ from pathlib import Path
 from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.comparison import compare_precisions, precision_table
 from megatron_prune.deployment.quantize import Calibration, quantize_export
-from megatron_prune.deployment.texts import held_out_documents, token_batch, training_documents
+from megatron_prune.deployment.texts import documents_or_held_out, token_batch, training_documents
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.cloze import make_questions, task_names
+from megatron_prune.evaluation.offline import SEED
 from megatron_prune.tool import check_output, run_tool
 
 LENGTH = 256  # tokens of a sample, of text that is measured and of text that is calibrated with
-SEED = 1234
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
     check_output("--json", options.json)
     export = model_directory(options.model)
     output = options.output or export.with_name(f"{export.name}-int8")
-    documents = held_out_documents(options.text)
+    documents = documents_or_held_out(options.text)
     text = token_batch(export, documents, options.tokens // LENGTH, LENGTH)
     asked = task_names() if options.questions else ()
     tasks = {task: make_questions(task, documents, options.questions, SEED) for task in asked}

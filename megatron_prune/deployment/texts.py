@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,25 +11,16 @@ from torch import Tensor
 from megatron_prune.data.documents import stdlib_files
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
-
-#: Of the standard library's bytes, from its end: what the demo's --split holds out has twice as many.
-HELD_OUT_SHARE: Final = 0.02
+from megatron_prune.evaluation.offline import held_out_documents
 
 
-def held_out_documents(files: Sequence[Path]) -> list[str]:
-    """Texts that the demo's models were not trained on: the end of Python's standard library, unless files are given.
+def documents_or_held_out(files: Sequence[Path]) -> list[str]:
+    """The texts of files, or of what the demo's models were not trained on where none are given.
 
     Raises:
         UserError: a file cannot be read.
     """
-    if files:
-        return list(map(_read, files))
-    library = stdlib_files()
-    wanted = HELD_OUT_SHARE * sum(file.stat().st_size for file in library)
-    chosen: list[Path] = []
-    while library and sum(file.stat().st_size for file in chosen) < wanted:
-        chosen.append(library.pop())
-    return [_read(file) for file in chosen]
+    return list(map(_read, files)) if files else held_out_documents()
 
 
 def training_documents(files: Sequence[Path]) -> Iterable[str]:
