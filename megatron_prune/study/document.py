@@ -63,7 +63,9 @@ def _setting(results: Results) -> str:
     )
     return f"""## What was run
 
-    make study        # examples/study/study.yaml; an interrupted study continues, a finished one writes this page
+```
+make study        # examples/study/study.yaml; an interrupted study continues, a finished one writes this page
+```
 
 The text is the standard library of the Python that runs it. Sources: {sources}. Every row of a table was run with
 {len(facts["seeds"])} seeds, which change the order of the text and any random weights; the source is the same for all.
