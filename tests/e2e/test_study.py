@@ -31,6 +31,7 @@ SECONDS = 240
 
 
 def _start(root: Path, study: Path, folder: Path) -> subprocess.Popen[str]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is born deaf to it
     command = [sys.executable, "tools/study.py", "--config", study, "--runs", folder, "--docs", folder / "docs"]
     return subprocess.Popen(
         list(map(str, command)),
