@@ -48,7 +48,7 @@ def page(results: Results) -> str:
 
 def _wrapped(part: str) -> str:
     """Numbers make lines of any length; paragraphs are filled again, tables, lists and code stay as they are."""
-    kept = ("|", "#", "-", "!", "<", " ")
+    kept = ("```", "|", "#", "-", "!", "<", " ")
     blocks = part.split("\n\n")
     return "\n\n".join(block if block.startswith(kept) else textwrap.fill(block, LINE_LENGTH) for block in blocks)
 
