@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,3 +108,10 @@ def test_results_come_back_as_they_were(results: Make, tmp_path: Path) -> None:
 
 def test_a_table_is_markdown() -> None:
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_the_readme_quotes_the_page(repo_root: Path) -> None:
+    quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", (repo_root / "README.md").read_text(encoding="utf-8"))
+    page = (repo_root / "docs" / "study.md").read_text(encoding="utf-8")
+    assert len(quoted) >= 7
+    assert [number for number in quoted if number not in page] == []
