@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 #: The other lists of strings in setup.py name packages to include and the files in them.
-NOT_REQUIREMENTS = ("megatron_prune", "megatron_prune.*", "py.typed")
+NOT_REQUIREMENTS = ("megatron_prune", "megatron_prune.*", "py.typed", "*.css", "*.js")
 
 
 def _pins(repo_root: Path) -> dict[str, str]:
