@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -110,7 +111,7 @@ def preprocess(
         with contextlib.suppress(OSError):
             parts.rmdir()  # only if nothing was finished
         raise
-    shutil.rmtree(parts)
+    shutil.rmtree(parts, ignore_errors=True)  # a killed run's last worker may write there for a moment yet
     return result
 
 
@@ -235,10 +236,10 @@ def _in_processes(jobs: Sequence[_Job], tokenizer: Tokenizer, json_key: str, wor
 
 
 def _work(results: Connection, counter: Any, jobs: Sequence[_Job], tokenizer: Tokenizer, json_key: str) -> None:
-    """A worker's life: take the next job until none is left or the parent is gone."""
+    """A worker's life: take the next job until none is left."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
-    parent = multiprocessing.parent_process()
-    while parent is not None and parent.is_alive():
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
         with counter.get_lock():
             number = counter.value
             counter.value += 1
@@ -250,8 +251,14 @@ def _work(results: Connection, counter: Any, jobs: Sequence[_Job], tokenizer: To
         except UserError as error:
             results.send(error)
             return
-        except BrokenPipeError:  # the parent was killed meanwhile; the shard is there for its successor
-            return
+
+
+def _end_with_parent() -> None:
+    """End this process at once when its parent was killed: a successor may be at work on the same shards."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _merge(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 from collections.abc import MutableMapping
 from datetime import timedelta
 
@@ -66,7 +65,7 @@ class Mesh:
 
 
 def map_launcher_environment(environ: MutableMapping[str, str]) -> str | None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from what the launcher gave.
+    """Set RANK, LOCAL_RANK and WORLD_SIZE from what the launcher gave, and the port if it is Slurm's to choose.
 
     ``deepspeed`` and ``torchrun`` set them already. Under ``srun`` they come from ``SLURM_*``; a step of several tasks
     needs ``MASTER_ADDR`` from the batch script. A plain ``python`` start becomes a group of one, also where a batch
@@ -92,8 +91,7 @@ def map_launcher_environment(environ: MutableMapping[str, str]) -> str | None:
             )
         environ.setdefault("MASTER_PORT", "29500")
         return None
-    environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
-    environ["MASTER_PORT"] = str(_free_port())
+    environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     tasks = environ.get("SLURM_NTASKS", "1")
     return None if tasks == "1" else f"note: this is one process of a Slurm job of {tasks} tasks; srun starts them all"
 
@@ -102,7 +100,8 @@ def init_process_group(store: dist.Store | None = None) -> torch.device:
     """Make the job's process group (NCCL with GPUs, else gloo) and return this process's device.
 
     Args:
-        store: where all processes have met; by default torch's own rendezvous.
+        store: where all processes have met. By default torch's own rendezvous, and none for a job of one process, which
+            has nobody to meet: it opens no port, that any number of them may start on one machine.
     """
     map_launcher_environment(os.environ)
     device = torch.device("cpu")
@@ -112,11 +111,13 @@ def init_process_group(store: dist.Store | None = None) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if store is None and world_size == 1:
+            store = dist.HashStore()
         if store is None:
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         else:
             store.set_timeout(COLLECTIVE_TIMEOUT)
-            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=world_size)
     return device
 
@@ -165,10 +166,3 @@ def _own_group(rows: torch.Tensor, rank: int) -> dist.ProcessGroup | None:
         if rank in members:
             own = group
     return own
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

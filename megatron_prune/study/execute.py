@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -30,11 +29,10 @@ from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import MegatronPruneError
 from megatron_prune.evaluation.scoring import load_causal_lm, score_questions, validation_loss
 from megatron_prune.study.heldout import held_out_batches, saved_questions
-from megatron_prune.study.runs import RESULT_FILE, Run
+from megatron_prune.study.runs import LOG_FILE, RESULT_FILE, Run
 from megatron_prune.training.report import METRICS_FILE, read_jsonl
 from megatron_prune.training.run_dir import replace_text
 
-LOG_FILE: Final = "log.txt"
 CONFIG_FILE: Final = "run.yaml"
 MODEL_DIR: Final = "model"
 _SHARD_BYTES: Final = 1 << 30
@@ -53,9 +51,6 @@ def run_in_worker(run: Run, prefix: str) -> None:
         execute(run, prefix)
     except MegatronPruneError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except Exception:
-        traceback.print_exc()
         sys.exit(1)
 
 

@@ -14,6 +14,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.study.settings import UNIFIED, Row, Source, Study
 
 RESULT_FILE = "result.json"
+LOG_FILE = "log.txt"
 _DIGITS = 16
 
 

@@ -9,11 +9,12 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from megatron_prune.errors import MegatronPruneError
-from megatron_prune.study.runs import Run
+from megatron_prune.study.runs import LOG_FILE, Run
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
@@ -69,7 +70,7 @@ def execute_runs(runs: Sequence[Run], prefix: str, jobs: int) -> None:
     if failed:
         names = ", ".join(run.key for run in failed)
         rest = f"; {len(pending)} runs that need them were not started" if pending else ""
-        raise MegatronPruneError(f"{len(failed)} runs failed: {names}{rest}; their log.txt says why")
+        raise MegatronPruneError(f"{len(failed)} runs failed: {names}{rest}; their {LOG_FILE} says why")
 
 
 def _execute(run: Run, prefix: str) -> None:
@@ -92,13 +93,18 @@ class _Progress:
         left = elapsed / self._done * (self._work - self._done)
         result = run.result() if code == 0 else None
         if result is None:
-            outcome = f"failed with exit code {code}, see {run.directory / 'log.txt'}"
+            outcome = f"failed with exit code {code}: {_last_line(run.directory / LOG_FILE)}"
         else:
             losses = [f"{stage} {model['val_loss']:.3f}" for stage, model in result["models"].items()]
             outcome = "held-out loss " + ", ".join(losses)
         clock = f"{_minutes(elapsed)} elapsed, {_minutes(left)} left"
         print(f"[{self._ended}/{self._total}] {run.key}: {outcome}  ({clock})", flush=True)
         return result is not None
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "it wrote nothing")
 
 
 def _minutes(seconds: float) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ports import free_port
 
 from megatron_prune.data.indexed import IndexedDatasetWriter
 
@@ -243,14 +244,6 @@ def wait_for(condition: Callable[[], object], processes: Sequence[subprocess.Pop
             assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    """A port that nothing uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _torchrun() -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -15,13 +13,13 @@ from megatron_prune.parallel.collectives import agreed, all_reduce_sum_, from_ma
 from megatron_prune.parallel.mesh import Mesh, make_mesh
 
 
-def join(rank: int, port: int) -> Mesh:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def join(rank: int, directory: str) -> Mesh:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     return make_mesh(torch.device("cpu"))
 
 
-def work(rank: int, port: int, out: str) -> None:
-    mesh = join(rank, port)
+def work(rank: int, directory: str) -> None:
+    mesh = join(rank, directory)
     vector = torch.tensor([1.0, 10.0]).double() * (rank + 1)
     all_reduce_sum_(vector, mesh)
     assert vector.tolist() == [3.0, 30.0]
@@ -32,20 +30,12 @@ def work(rank: int, port: int, out: str) -> None:
     try:
         agreed(f"prune head {rank}", mesh)
     except MegatronPruneError as error:
-        (Path(out) / f"rank{rank}").write_text(str(error))
+        (Path(directory) / f"rank{rank}").write_text(str(error))
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-        return number
-
-
-def test_two_ranks(tmp_path: Path, port: int) -> None:
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+def test_two_ranks(tmp_path: Path) -> None:
+    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
     for rank in range(2):
         error = (tmp_path / f"rank{rank}").read_text()
         assert "rank 0 chose prune head 0" in error

@@ -42,11 +42,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> TinyRun:
 
 
 def finish(processes: Sequence[subprocess.Popen[str]]) -> None:
-    """Wait until all have finished, successfully."""
+    """Wait until all have finished, successfully; fails with how each of them ended."""
     with ended(processes):
-        for process in processes:
-            output, _ = process.communicate(timeout=START_SECONDS)
-            assert process.returncode == 0, output
+        outputs = [process.communicate(timeout=START_SECONDS)[0] for process in processes]
+    ends = [(process.returncode, output.splitlines()[-20:]) for process, output in zip(processes, outputs, strict=True)]
+    assert [code for code, _ in ends] == [0, 0], "\n".join(line for _, lines in ends for line in lines)
 
 
 @pytest.fixture(scope="module")

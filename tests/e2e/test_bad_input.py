@@ -6,7 +6,6 @@ import functools
 import json
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file, save_file
 
 from megatron_prune import pretrain
@@ -175,8 +175,7 @@ def test_a_rank_that_never_comes_is_not_waited_for(
 ) -> None:
     """It was lost, or made a mistake of its own, before there was a watch over it."""
     monkeypatch.setattr(pretrain, "joined", functools.partial(joined, 0.3))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))

@@ -117,7 +117,6 @@ def test_killed_run_continues(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not Path(f"{prefix}.idx").exists()
-    # A worker that outlives its parent may finish its shard meanwhile, with the name and content it must have.
     result = preprocess(corpus, tokenizer, str(prefix), shard_bytes=SHARD_BYTES)
     assert 3 <= result.reused < result.shards
     assert not result.already_complete
@@ -220,6 +219,25 @@ def test_dead_worker_is_reported(tmp_path: Path, corpus: list[Path]) -> None:
     with pytest.raises(MegatronPruneError, match="exit code -9") as caught:
         preprocess(corpus, dying, str(tmp_path / "data"), workers=2, shard_bytes=SHARD_BYTES)
     assert not isinstance(caught.value, UserError)
+
+
+def test_workers_end_with_a_killed_parent(
+    tmp_path: Path, repo_root: Path, corpus: list[Path], tokenizer: Tokenizer
+) -> None:
+    """They hold its output, so its end is theirs; left alone they would take hours."""
+    script = tmp_path / "slow_run.py"
+    script.write_text(SLOW_RUN.replace("0.02", "3600"))
+    arguments = [tokenizer.name, str(tmp_path / "data"), "2", str(SHARD_BYTES), *map(str, corpus)]
+    environment = {**os.environ, "PYTHONPATH": str(repo_root)}
+    process = subprocess.Popen([sys.executable, str(script), *arguments], env=environment, stdout=subprocess.PIPE)
+    parts = tmp_path / "data.parts"
+    deadline = time.monotonic() + 60
+    while len(list(parts.glob("*.tmp-*.bin"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=30)
 
 
 def test_empty_documents_are_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:

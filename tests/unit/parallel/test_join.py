@@ -13,6 +13,7 @@ from multiprocessing.synchronize import Event
 
 import pytest
 import torch.distributed as dist
+from ports import free_port
 
 from megatron_prune.errors import MegatronPruneError, PeersMissingError, UserError
 from megatron_prune.parallel import join
@@ -20,13 +21,6 @@ from megatron_prune.parallel.join import Arrivals, joined
 
 LIMIT_SECONDS = 1.0
 TIMEOUT_SECONDS = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def arrive(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from ports import free_port
 
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, StopRequested, UserError
 from megatron_prune.parallel import relay
@@ -358,8 +359,7 @@ def test_a_rank_that_never_joins_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_address_that_is_not_rank_0_s_is_one_line() -> None:
     store = dist.HashStore()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        closed = taken.getsockname()[1]
+    closed = free_port()
     store.set("rank 0", f'{{"port": {closed}, "token": "", "where": "x"}}')
     with pytest.raises(UserError, match=rf"rank 3 cannot reach rank 0 at 127\.0\.0\.1:{closed}.*MASTER_ADDR"):
         PeerWatch(3, 4, store, "127.0.0.1").__enter__()
