@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -31,3 +32,12 @@ hypothesis.settings.load_profile("no deadline")
 def repo_root() -> Path:
     """The directory that holds pretrain_prune.py, tools/ and examples/."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment() -> Iterator[None]:
+    """A file's runs in this process leave RANK and WORLD_SIZE behind, of which a later file's libraries make a job."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -16,7 +16,7 @@ import json
 import keyword
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -212,10 +212,8 @@ def _next_name(corpus: _Corpus, draw: random.Random) -> Question | None:
         return None
     place = draw.choice(places)
     truth = place.group()
-    others = [name for name in known if not _begins(name, truth)]
-    if len(others) < NUM_CHOICES - 1:
-        return None
-    return _assembled(before + text[: place.start()], truth, draw.sample(others, NUM_CHOICES - 1), draw)
+    others = _different(draw.sample(known, len(known)), truth)
+    return _assembled(before + text[: place.start()], truth, others, draw)
 
 
 def _is_name(word: str) -> bool:
@@ -233,6 +231,15 @@ def _distractors(find: Callable[[], str | None], truth: str) -> list[str]:
             found.append(text)
         if len(found) == NUM_CHOICES:
             break
+    return found[1:]
+
+
+def _different(texts: Iterable[str], truth: str) -> list[str]:
+    """The first of some texts such that neither of two, or of one and the truth, begins the other."""
+    found = [truth]
+    for text in texts:
+        if len(found) < NUM_CHOICES and not any(_begins(text, other) for other in found):
+            found.append(text)
     return found[1:]
 
 

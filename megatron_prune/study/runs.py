@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import __version__
+from megatron_prune.checkpoint.files import sha256_file
 from megatron_prune.errors import UserError
 from megatron_prune.study.settings import UNIFIED, Row, Source, Study
 
@@ -96,6 +98,7 @@ class Run:
             "evaluation": dataclasses.asdict(self.study.evaluation),
             "settings": self.settings,
             "source": source,
+            "weights": {} if self.source.path is None else weight_hashes(Path(self.source.path)),
             "row": row,
             "needs": [run.fingerprint for run in self.needs],
         }
@@ -115,6 +118,12 @@ class Run:
         except (OSError, ValueError):
             return None
         return record if record.get("fingerprint") == self.fingerprint else None
+
+
+@functools.cache
+def weight_hashes(directory: Path) -> Mapping[str, str]:
+    """Name and sha256 of every file of weights in a given source's directory: another model is another study."""
+    return {path.name: sha256_file(path) for path in sorted(directory.glob("*.safetensors"))}
 
 
 def all_runs(study: Study, data: str, root: Path) -> list[Run]:
