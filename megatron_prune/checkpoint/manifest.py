@@ -62,7 +62,8 @@ class Progress:
         deferred_at: step whose decision was put off last, or None.
         recent_losses: of the last steps, where a jump of the loss is watched for.
         rollbacks: how often the run has gone back to a checkpoint.
-        saliency: the mean that ``--saliency-ema`` decides by, as ``pruning.smoothing`` writes it; empty without one.
+        saliency: the mean that ``--saliency-ema`` decides by, as ``pruning.smoothing`` writes it, or the masks of
+            ``--sheared-iters``, as ``training.sheared`` does; empty without either.
     """
 
     step: int = 0

@@ -336,9 +336,10 @@ class BaselineConfig:
 
     sheared_iters: int | None = None
     """Learn masks of heads, FFN and hidden channels for so many steps while training (ShearedLlama), with Lagrangian
-    constraints that lead to --target-shape; then keep the units whose masks are largest."""
+    constraints that lead to --target-shape; over the last fifth of them the masks go to 0 and 1, then the tensors are
+    cut."""
 
-    sheared_lr: float = 0.1
+    sheared_lr: float = 0.3
     """Learning rate of the masks and, upwards, of the multipliers."""
 
     @property

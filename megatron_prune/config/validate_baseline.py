@@ -61,8 +61,8 @@ def _sheared(config: Config) -> Iterator[str]:
         return
     flag = f"--sheared-iters {baseline.sheared_iters}"
     yield from _at_once(config, flag)
-    if baseline.sheared_iters < 1:
-        yield f"{flag} must be 1 or more"
+    if baseline.sheared_iters < 2:
+        yield f"{flag} must be 2 or more: the last step has masks of 0 and 1, which those before it have learned"
     if prune.active and prune.target_shape is None:
         yield f"{flag} needs a shape to lead its masks to: give --target-shape in place of the other target"
     if max(_sizes(config)) > 1:

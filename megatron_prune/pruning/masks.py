@@ -4,11 +4,18 @@ Every head, FFN channel and hidden channel has a mask drawn from a hard-concrete
 stretched sigmoid of its logit and of logistic noise, cut off at 0 and 1, so that exact zeros and ones have a gradient.
 Each axis (of every layer; the stem is one for all) has a constraint, the expected share of open masks, and two Lagrange
 multipliers that rise while it does not hold.
+
+Steps that are few do not bring every mask to 0 or 1. After most of them, therefore, the masks are fixed and led there:
+those of units that will go are closed one after another, the others opened little by little, so that at the last step
+the masked model is the sliced one.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -17,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.architecture import Architecture
+from megatron_prune.errors import UserError
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.pruning.groups import GROUP_TYPES, GroupType, MiniGroup, remove
 from megatron_prune.pruning.planner import width
@@ -26,6 +34,8 @@ LOW, HIGH = -0.1, 1.1  # the sigmoid is stretched to this range, then cut off
 FIRST_LOGIT: Final = 2.5  # nearly all masks begin open: 98 % of the draws, and eight of ten of them at 1
 #: Part of the steps over which the constraints move from the source's shape to the target.
 WARMUP: Final = 0.5
+#: Part of the steps in which masks are learned; in the others they are led to 0 and 1.
+LEARN: Final = 0.8
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -76,8 +86,18 @@ class Axis:
 
     def kept(self) -> Tensor:
         """Bool like the logits: in every layer the largest, as many as are to be kept; of equals the first."""
+        return self._largest(self.keep)
+
+    def led(self, way: float) -> Tensor:
+        """The masks without noise, ``way`` of the way to 0 and 1: at 1 they are 1 where :meth:`kept`, else 0."""
+        masks, kept = settled(self.logits.detach()), self.kept()
+        open_units = self.logits.shape[1] - math.ceil(way * (self.logits.shape[1] - self.keep))
+        masks = torch.where(kept, masks.lerp(torch.ones_like(masks), way), masks)
+        return masks.masked_fill(~self._largest(open_units), 0.0)
+
+    def _largest(self, count: int) -> Tensor:
         order = torch.argsort(self.logits.detach(), dim=1, descending=True, stable=True)
-        return torch.zeros_like(self.logits, dtype=torch.bool).scatter_(1, order[:, : self.keep], True)
+        return torch.zeros_like(self.logits, dtype=torch.bool).scatter_(1, order[:, :count], True)
 
 
 class MaskLearner:
@@ -87,7 +107,7 @@ class MaskLearner:
         source: the model.
         target: width to reach, by type; a type that keeps its width has no masks.
         lr: of logits and multipliers.
-        steps: to learn for.
+        steps: until the cut, 2 or more: most of them learn, the last ones lead to 0 and 1.
         seed: of the noise.
         device: where the masks live.
     """
@@ -101,8 +121,10 @@ class MaskLearner:
         seed: int,
         device: torch.device,
     ) -> None:
-        self._steps = steps
+        self._learning = int(LEARN * steps)
+        self._leading = steps - self._learning
         self._seed = seed
+        self._lr = lr
         self.axes = {
             kind: _axis(1 if kind == "stem" else source.num_layers, width(kind, source), target[kind], device)
             for kind in GROUP_TYPES
@@ -114,7 +136,10 @@ class MaskLearner:
         self._ascent = torch.optim.Adam(multipliers, lr=lr, maximize=True)
 
     def masks(self, step: int) -> dict[GroupType, Tensor]:
-        """The masks of a step: a function of the logits, the seed and the step, and differentiable in the first."""
+        """The masks of a step: while it learns drawn, a function of the logits, the seed and the step, differentiable in
+        the first; then as :meth:`settled`."""
+        if step >= self._learning:
+            return self.settled(step)
         noise = np.random.Generator(np.random.Philox(key=[self._seed, step]))
         drawn: dict[GroupType, Tensor] = {}
         for kind, axis in self.axes.items():
@@ -122,21 +147,24 @@ class MaskLearner:
             drawn[kind] = draw(axis.logits, uniform)
         return drawn
 
-    def settled(self) -> dict[GroupType, Tensor]:
-        """The masks without noise, without gradient."""
-        return {kind: settled(axis.logits.detach()) for kind, axis in self.axes.items()}
+    def settled(self, step: int) -> dict[GroupType, Tensor]:
+        """The masks of a step without noise, without gradient."""
+        way = min(1.0, max(0, step + 1 - self._learning) / self._leading)
+        return {kind: axis.led(way) if way else settled(axis.logits.detach()) for kind, axis in self.axes.items()}
 
     def learn(self, step: int, masks: Mapping[GroupType, Tensor], gradients: Mapping[GroupType, Tensor]) -> None:
-        """One step of logits and multipliers.
+        """One step of logits and multipliers; nothing once the masks are fixed.
 
         Args:
             step: which, from 0.
             masks: of :meth:`masks`, their graph intact.
             gradients: of the loss with respect to them.
         """
+        if step >= self._learning:
+            return
         self._descent.zero_grad()
         self._ascent.zero_grad()
-        progress = (step + 1) / (WARMUP * self._steps)
+        progress = (step + 1) / (WARMUP * (self._learning + self._leading))
         total = torch.stack(
             [penalty(axis.excess(progress), axis.linear, axis.quadratic) for axis in self.axes.values()]
         ).sum()
@@ -145,6 +173,39 @@ class MaskLearner:
         total.backward()
         self._descent.step()
         self._ascent.step()
+
+    def state(self) -> str:
+        """All that has been learned, as text."""
+        axes = {kind: (axis.logits, axis.linear, axis.quadratic) for kind, axis in self.axes.items()}
+        content = {
+            "axes": {kind: [tensor.detach().cpu() for tensor in tensors] for kind, tensors in axes.items()},
+            "descent": self._descent.state_dict(),
+            "ascent": self._ascent.state_dict(),
+        }
+        file = io.BytesIO()
+        torch.save(content, file)
+        return base64.b64encode(file.getvalue()).decode("ascii")
+
+    def restore(self, state: str) -> None:
+        """Take up what :meth:`state` has written; the learning rate is that of now.
+
+        Raises:
+            UserError: these are masks for another target.
+        """
+        content = torch.load(io.BytesIO(base64.b64decode(state)), weights_only=True)
+        saved = content["axes"]
+        if {kind: axes[0].shape for kind, axes in saved.items()} != {k: a.logits.shape for k, a in self.axes.items()}:
+            raise UserError(
+                f"the checkpoint's masks are of {', '.join(saved)} and --target-shape now shrinks {', '.join(self.axes)}: "
+                "give the shape it was begun with, or start anew with another --save"
+            )
+        with torch.no_grad():
+            for kind, axis in self.axes.items():
+                for tensor, value in zip((axis.logits, axis.linear, axis.quadratic), saved[kind], strict=True):
+                    tensor.copy_(value)
+        for optimizer, name in ((self._descent, "descent"), (self._ascent, "ascent")):
+            optimizer.load_state_dict(content[name])
+            optimizer.param_groups[0]["lr"] = self._lr
 
     def removals(self, partition: Partition) -> list[tuple[MiniGroup, float, Partition]]:
         """What leaves exactly the target: groups, the mean mask of each, and the placement after it.

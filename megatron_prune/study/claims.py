@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from megatron_prune.study.results import Results, Spread, loss
-from megatron_prune.study.tables import METRICS, SCHEMES, aware_row, pruning_tokens
+from megatron_prune.study.tables import METRICS, SCHEMES, metric_row
 
 #: The metrics that are there to be beaten.
 WEAK: Final = ("random", "magnitude")
@@ -15,7 +15,7 @@ OURS: Final = "unified"
 def first_paragraph(results: Results) -> str:
     """Whether random and magnitude are worse than taylor, and which baselines beat pruning while training."""
     source = results.sources()[0]
-    sentences = [_weak(results, source, stage) for stage in ("alone", "aware")]
+    sentences = [_weak(results, source, aware) for aware in (False, True)]
     sentences += [_beaten(results, name) for name in results.sources()]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -25,24 +25,21 @@ def second_paragraph(results: Results) -> str:
     return "\n\n".join(filter(None, (_margins(results, source) for source in results.sources())))
 
 
-def _weak(results: Results, source: str, stage: str) -> str:
+def _weak(results: Results, source: str, aware: bool) -> str:
     """One sentence on the weak metrics against taylor; empty if they were not run."""
 
     def spread(metric: str) -> Spread | None:
-        row = f"alone-{metric}" if stage == "alone" else aware_row(metric)
-        return results.spread(source, row, loss("pruned"))
+        row, stage = metric_row(metric, aware)
+        return results.spread(source, row, loss(stage))
 
     taylor = spread("taylor")
     said = [_verdict(metric, found, taylor) for metric in WEAK if (found := spread(metric)) and taylor]
     if not said or taylor is None:
         return ""
-    way = "Pruned all at once without training" if stage == "alone" else "Pruned while training"
+    way = "Pruned all at once without training"
+    if aware:
+        way = f"Pruned while training for {results.of(source, metric_row('taylor', aware)[0])[0]['tokens']:,} tokens"
     sentence = f"{way}, {' and '.join(said)} than `taylor` ({taylor.text()} held-out loss)"
-    if stage == "aware":
-        trained = {metric: pruning_tokens(results, source, aware_row(metric)) for metric in (*WEAK, "taylor")}
-        sentence += " after " + ", ".join(
-            f"{tokens} tokens (`{metric}`)" for metric, tokens in trained.items() if tokens
-        )
     others = [metric for metric in METRICS if metric not in (*WEAK, "taylor")]
     lower = [(metric, found) for metric in others if (found := spread(metric)) and found.mean < taylor.mean]
     if not lower:

@@ -12,8 +12,10 @@ from megatron_prune.study.tables import (
     has_metrics,
     has_orders,
     has_ratios,
+    metric_row,
     metrics_table,
     orders_table,
+    same_as_taylor,
     schemes_table,
     shapes_table,
 )
@@ -93,13 +95,17 @@ the last group went. Few-shot pruning's samples count as tokens of its row, whic
 
 
 def _metrics(results: Results, source: str) -> str:
+    same = " and ".join(f"`{metric}`" for metric in same_as_taylor(results, source))
+    agreement = f" Every seed of {same} has the loss of `taylor` to the last digit: the same groups went." if same else ""
+    rate = results.facts["settings"]["lr"]
     return f"""## Table 2: metrics, alone and while training
 
-Source `{source}`, without training after the last removal. Alone: all groups go at once, decided by
-{results.facts["rows"].get("few-shot", {}).get("few_shot_samples", 128)} samples. Pruning-aware: training goes on
-between removals, {results.facts["pruning"]["prune_ratio"]} pruned units to optimizer steps, at a constant rate. A
-hidden channel counts two units and frees many parameters, so metrics that choose those end sooner: the last column has
-the tokens of the pruning stage.
+Source `{source}`. Alone: all groups go at once, decided by
+{results.facts["rows"].get("few-shot", {}).get("few_shot_samples", 128)} samples, and nothing is trained. Pruning-aware:
+{results.facts["pruning"]["prune_ratio"]} pruned units to optimizer steps, and training to the same number of tokens in
+every row, {results.of(source, metric_row("taylor", aware=True)[0])[0]["tokens"]:,}, at the constant rate {rate:g}. A
+hidden channel counts two units and frees many parameters, so metrics that choose those are done pruning sooner, as the
+last column says in tokens, and train the small model for longer.{agreement}
 
 {metrics_table(results, source)}
 

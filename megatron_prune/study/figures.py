@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from megatron_prune.plotting import DOTS_PER_INCH, RunRecords, plot_run
 from megatron_prune.study.results import Results, loss
-from megatron_prune.study.tables import METRICS, aware_row, has_metrics, has_ratios, ratio_of, ratio_rows
+from megatron_prune.study.tables import METRICS, has_metrics, has_ratios, metric_row, ratio_of, ratio_rows
 
 _PRUNED_COLOUR, _SOURCE_COLOUR = "#0072B2", "#7F7F7F"
 
@@ -74,8 +74,8 @@ def _metrics_figure(results: Results, source: str) -> Figure:
     for offset, name, colour, marker in styles:
         places, means, deviations = [], [], []
         for place, metric in enumerate(METRICS):
-            row = f"alone-{metric}" if name == "alone" else aware_row(metric)
-            spread = results.spread(source, row, loss("pruned"))
+            row, stage = metric_row(metric, aware=name != "alone")
+            spread = results.spread(source, row, loss(stage))
             if spread is not None:
                 places.append(place + offset)
                 means.append(spread.mean)

@@ -44,7 +44,9 @@ class Spread:
         return f"{self.mean:.{digits}f} ± {self.deviation:.{digits}f}"
 
     def apart(self, other: Spread) -> bool:
-        """True if every value of one lies above every value of the other."""
+        """True if every value of one lies above every value of the other, and there are more than one of each."""
+        if min(len(self.values), len(other.values)) < 2:
+            return False
         return min(self.values) > max(other.values) or min(other.values) > max(self.values)
 
 

@@ -40,9 +40,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
-def aware_row(metric: str) -> str:
-    """The row that prunes while training by a metric."""
-    return "unified" if metric == "taylor" else f"metric-{metric}"
+def metric_row(metric: str, aware: bool) -> tuple[str, str]:
+    """The row that prunes by a metric, all at once or while training, and the stage at which it is measured."""
+    return (f"metric-{metric}", "final") if aware else (f"alone-{metric}", "pruned")
 
 
 def schemes_table(results: Results, source: str) -> str:
@@ -69,17 +69,17 @@ def _scheme(results: Results, source: str, row: str | None, label: str) -> list[
 
 
 def metrics_table(results: Results, source: str) -> str:
-    """Table 2: each metric without any training and pruning while training, neither trained on afterwards."""
-    head = ["metric", "alone: loss", "mean acc", "pruning-aware: loss", "mean acc", "gain in loss", "its tokens"]
+    """Table 2: each metric without any training, and pruning while training for the same tokens."""
+    head = ["metric", "alone: loss", "mean acc", "pruning-aware: loss", "mean acc", "gain in loss", "pruned after"]
     rows = []
     for metric in METRICS:
-        alone, aware = f"alone-{metric}", aware_row(metric)
-        before, after = (results.spread(source, row, loss("pruned")) for row in (alone, aware))
+        (alone, pruned), (aware, final) = metric_row(metric, aware=False), metric_row(metric, aware=True)
+        before, after = results.spread(source, alone, loss(pruned)), results.spread(source, aware, loss(final))
         gain = None
         if before is not None and after is not None:
             gain = Spread(tuple(a - b for a, b in zip(before.values, after.values, strict=True)))
-        cells = [_text(before), _text(results.spread(source, alone, accuracy("pruned")), 1)]
-        cells += [_text(after), _text(results.spread(source, aware, accuracy("pruned")), 1), _text(gain)]
+        cells = [_text(before), _text(results.spread(source, alone, accuracy(pruned)), 1)]
+        cells += [_text(after), _text(results.spread(source, aware, accuracy(final)), 1), _text(gain)]
         rows.append([metric, *cells, pruning_tokens(results, source, aware)])
     return table(head, rows)
 
@@ -107,7 +107,7 @@ def shapes_table(results: Results, source: str) -> str:
     head = ["metric", "pruned units : steps", "pruning tokens", "parameters", "hidden / ffn / heads", "loss"]
     base = str(results.facts["pruning"]["prune_ratio"])
     found = [("taylor", ratio_of(results, row), row) for row in ratio_rows(results, source)]
-    found += [(metric, base, aware_row(metric)) for metric in METRICS if metric != "taylor"]
+    found += [(metric, base, metric_row(metric, aware=True)[0]) for metric in METRICS if metric != "taylor"]
     rows = []
     for metric, ratio, row in found:
         records = results.of(source, row)
@@ -120,7 +120,18 @@ def shapes_table(results: Results, source: str) -> str:
 
 def has_metrics(results: Results, source: str) -> bool:
     """True if every metric was run, alone and while training."""
-    return all(results.of(source, row) for metric in METRICS for row in (f"alone-{metric}", aware_row(metric)))
+    rows = [metric_row(metric, aware)[0] for metric in METRICS for aware in (False, True)]
+    return all(results.of(source, row) for row in rows)
+
+
+def same_as_taylor(results: Results, source: str) -> list[str]:
+    """Metrics that led every seed, while training, to the very loss that ``taylor`` led it to."""
+
+    def losses(metric: str) -> list[float]:
+        row, stage = metric_row(metric, aware=True)
+        return [record["models"][stage]["val_loss"] for record in results.of(source, row)]
+
+    return [metric for metric in METRICS if metric != "taylor" and losses(metric) == losses("taylor")]
 
 
 def has_orders(results: Results, source: str) -> bool:

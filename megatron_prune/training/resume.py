@@ -69,8 +69,10 @@ def resumed(config: Config, saved: Manifest, met: bool) -> Progress:
     if reopened:
         progress = dataclasses.replace(progress, continue_from=None)
     measured = ("prune_metric", "prune_hessian", "saliency_ema")
-    if any(saved.settings["prune"].get(name) != getattr(config.prune, name) for name in measured):
-        progress = dataclasses.replace(progress, saliency="")  # a mean of something else
+    masked = config.baseline.sheared_iters is not None
+    other = any(saved.settings["prune"].get(name) != getattr(config.prune, name) for name in measured)
+    if other or masked != (before("baseline", "sheared_iters") is not None):
+        progress = dataclasses.replace(progress, saliency="")  # of something else
     if reopened or pace != (config.prune.prune_ratio, config.prune_start_iter):
         progress = dataclasses.replace(progress, pace_from=progress.step, pace_spent=progress.units_spent)
     return progress

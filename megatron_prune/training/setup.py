@@ -54,7 +54,7 @@ from megatron_prune.training.removals import Removals
 from megatron_prune.training.report import Reporter
 from megatron_prune.training.resume import put_aside, resumed
 from megatron_prune.training.run_dir import replace_text, writing
-from megatron_prune.training.sheared import Shears
+from megatron_prune.training.sheared import MEMORY, Shears
 from megatron_prune.training.speed import Throughput, peak_flops
 from megatron_prune.training.targets import make_budget, make_replay
 
@@ -162,9 +162,12 @@ def _check_begun(config: Config, progress: Progress) -> None:
     baseline = config.baseline
     if not progress.step or progress.continue_from is not None or not baseline.prunes_at_once:
         return
-    few, iters = baseline.few_shot_samples, baseline.sheared_iters
-    flag = f"--sheared-iters {iters}" if few is None else f"--few-shot-samples {few}"
-    why = "checkpoints do not hold the masks that it learns" if few is None else "it prunes before the first step"
+    if baseline.few_shot_samples is not None:
+        flag, why = f"--few-shot-samples {baseline.few_shot_samples}", "it prunes before the first step"
+    elif progress.saliency.startswith(MEMORY):
+        return
+    else:
+        flag, why = f"--sheared-iters {baseline.sheared_iters}", "it was trained without masks"
     raise UserError(
         f"{flag} cannot go on from the checkpoint of step {progress.step}: {why}; start anew with another --save"
     )
@@ -195,7 +198,7 @@ def _removals(
 ) -> Removals | None:
     """What prunes, or None where nothing does, or where masks have been learned and are gone."""
     if config.baseline.sheared_iters is not None:
-        return _shears(config, engine, mesh) if progress.continue_from is None else None
+        return _shears(config, progress, engine, mesh) if progress.continue_from is None else None
     return None if budget is None else _pruner(config, budget, replay, progress, engine, kernels, mesh)
 
 
@@ -231,7 +234,7 @@ def _pruner(
     return pruner
 
 
-def _shears(config: Config, engine: PruningEngine, mesh: Mesh) -> Shears:
+def _shears(config: Config, progress: Progress, engine: PruningEngine, mesh: Mesh) -> Shears:
     baseline, source = config.baseline, engine.partition.source
     assert baseline.sheared_iters is not None
     assert config.prune.target_shape is not None, "validate_config checks it"
@@ -239,7 +242,9 @@ def _shears(config: Config, engine: PruningEngine, mesh: Mesh) -> Shears:
     target: dict[GroupType, int] = {"stem": hidden, "ffn": ffn, "attention": heads}
     steps, seed = baseline.sheared_iters, config.train.seed
     learner = MaskLearner(source, target, baseline.sheared_lr, steps, seed, mesh.device)
-    return Shears(engine, mesh, learner, steps)
+    shears = Shears(engine, mesh, learner, steps)
+    shears.remember(progress.saliency)
+    return shears
 
 
 def _all_units(source: Architecture) -> int:

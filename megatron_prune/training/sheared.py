@@ -7,6 +7,7 @@ of them is collected over both and read where saliency is read, before the optim
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from megatron_prune.pruning.groups import GroupType
 from megatron_prune.pruning.masks import Axis, MaskLearner
 from megatron_prune.pruning.planner import Decision
 from megatron_prune.training.engine import PruningEngine
+
+#: How the text begins that a checkpoint keeps: then the step its masks are drawn for, and what has been learned.
+MEMORY: Final = "masks"
 
 
 class Shears:
@@ -58,11 +62,19 @@ class Shears:
 
     @property
     def memory(self) -> str:
-        """Nothing: masks are in no checkpoint."""
-        return ""
+        """What a checkpoint needs to hold for the masks to go on as they would have."""
+        return f"{MEMORY}:{self._step}:{self._learner.state()}"
 
     def remember(self, memory: str) -> None:
-        """Nothing, see :attr:`memory`."""
+        """Take up such a text; an empty one is that of a start.
+
+        Raises:
+            UserError: it is of masks for another target.
+        """
+        if memory:
+            _, step, state = memory.split(":", 2)
+            self._learner.restore(state)
+            self._draw(int(step))
 
     @property
     def chosen(self) -> int:
@@ -110,7 +122,8 @@ class Shears:
         self._pending = []
 
     def _draw(self, step: int) -> None:
-        self._drawn, settled = self._learner.masks(step), self._learner.settled()
+        self._step = step
+        self._drawn, settled = self._learner.masks(step), self._learner.settled(step)
         for kind, units in self._units.items():
             for layer, unit in enumerate(units):
                 unit.set(self._drawn[kind][layer], settled[kind][layer])

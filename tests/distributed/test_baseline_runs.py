@@ -144,6 +144,20 @@ def test_sheared_masks_lead_to_the_target_on_copies_too(runs: Runs) -> None:
     assert np.abs(np.subtract(losses(theirs), plain)[: SHEARED["sheared_iters"]]).max() > 1e-2, "masks do something"
 
 
+def test_a_stopped_run_goes_on_with_its_masks_on_other_copies_too(runs: Runs) -> None:
+    settings = {**SHEARED, "save_interval": 3, "keep_last": 9}
+    whole, copy = runs.get(SOURCE, ONE, **settings), runs.root / "sheared-resumed"
+    shutil.copytree(whole, copy)
+    for directory in (copy / "checkpoints").glob("step_*"):
+        if directory.name != "step_00000003":
+            shutil.rmtree(directory)
+    runs.cluster.run(HERE / "layout_worker.py", runs.flags(SOURCE, COPIES, copy, **settings), COPIES.processes, copy)
+    assert "resuming" in (copy / "rank0.log").read_text()
+    assert_same_decisions(copy, whole)
+    assert_same_curves(copy, whole)
+    assert_same_weights(copy, whole)
+
+
 def test_a_micro_batch_that_grows_changes_nothing(runs: Runs) -> None:
     ours, theirs = runs.get(SOURCE, ONE, grow_micro_batch=True), runs.get(SOURCE, ONE)
     assert "micro_batch_size 2" in (ours / "rank0.log").read_text()

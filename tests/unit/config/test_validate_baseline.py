@@ -45,7 +45,7 @@ def test_good(values: dict[str, object]) -> None:
         ({"few_shot_samples": 128, "replay": "a/ledger.jsonl"}, "drop --replay a/ledger.jsonl"),
         ({"few_shot_samples": 128, **SHEARED}, "--few-shot-samples 128 and --sheared-iters 100 are both given"),
         ({"sheared_iters": 100}, "--sheared-iters 100 needs a target"),
-        ({"sheared_iters": 0, "target_shape": SHAPE}, "--sheared-iters 0 must be 1 or more"),
+        ({"sheared_iters": 0, "target_shape": SHAPE}, "--sheared-iters 0 must be 2 or more"),
         ({"sheared_iters": 100, "target_params": "457M"}, "--sheared-iters 100 needs a shape"),
         ({**SHEARED, "tensor_model_parallel_size": 2}, "--sheared-iters 100 runs data parallel only"),
         ({**SHEARED, "pipeline_model_parallel_size": 2}, "--sheared-iters 100 runs data parallel only"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_prune.architecture import Architecture, uniform_kv_groups
+from megatron_prune.errors import UserError
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.pruning.groups import GroupType
-from megatron_prune.pruning.masks import MaskLearner, draw, open_probability, penalty, settled
+from megatron_prune.pruning.masks import LEARN, MaskLearner, draw, open_probability, penalty, settled
 from megatron_prune.pruning.planner import width
 
 SOURCE = Architecture("llama", 2, 24, 40, 6, uniform_kv_groups(2, 6, 6), 8, 97)
@@ -76,8 +78,48 @@ def test_constraints_move_from_the_source_to_the_target() -> None:
 def test_they_settle_at_the_target(learned: MaskLearner) -> None:
     for kind, axis in learned.axes.items():
         assert axis.excess(1.0).detach().abs().max() < 0.15, kind
-    masks = torch.cat([mask.flatten() for mask in learned.settled().values()])
+    masks = torch.cat([mask.flatten() for mask in learned.settled(0).values()])
     assert ((masks < 0.05) | (masks > 0.95)).float().mean() > 0.85
+
+
+def test_then_they_are_led_to_0_and_1(learned: MaskLearner) -> None:
+    """The units that go close one after another; the last step has the masks of the model that is cut."""
+    before = {kind: axis.logits.detach().clone() for kind, axis in learned.axes.items()}
+    closed = []
+    for step in range(int(LEARN * STEPS), STEPS + 2):
+        masks = learned.masks(step)
+        learned.learn(step, masks, {kind: torch.ones_like(mask) for kind, mask in masks.items()})
+        assert all(torch.equal(masks[kind], settled) for kind, settled in learned.settled(step).items())
+        closed.append([int((masks[kind] == 0).sum(dim=1).min()) for kind in TARGET])
+    assert all(later >= earlier for a, b in pairwise(closed) for earlier, later in zip(a, b, strict=True))
+    assert max(b - a for a, b in pairwise(count for _, count, _ in closed)) <= 1, "25 channels in 60 steps"
+    for step in (STEPS - 1, STEPS, STEPS + 1):
+        for kind, mask in learned.masks(step).items():
+            assert torch.equal(mask, learned.axes[kind].kept().float())
+    assert any((mask > 0).float().mean() > 0.5 for mask in learned.masks(STEPS - 2).values()), "not all at once"
+    assert all(torch.equal(axis.logits, before[kind]) for kind, axis in learned.axes.items()), "no more learning"
+
+
+def test_what_was_learned_is_taken_up(gains: dict[GroupType, Tensor]) -> None:
+    def learn(learner: MaskLearner, first: int, last: int) -> MaskLearner:
+        for step in range(first, last):
+            masks = learner.masks(step)
+            learner.learn(step, masks, {kind: -gains[kind] for kind in masks})
+        return learner
+
+    whole, again = learn(_learner(), 0, 40), _learner()
+    again.restore(learn(_learner(), 0, 20).state())
+    learn(again, 20, 40)
+    for kind, axis in whole.axes.items():
+        other = again.axes[kind]
+        assert torch.equal(axis.logits, other.logits)
+        assert torch.equal(axis.linear, other.linear)
+        assert torch.equal(axis.quadratic, other.quadratic)
+
+
+def test_masks_of_another_target_are_refused() -> None:
+    with pytest.raises(UserError, match="the checkpoint's masks are of .*attention.* now shrinks ffn"):
+        _learner(target={"attention": 6, "ffn": 15, "stem": 24}).restore(_learner().state())
 
 
 def test_what_gains_most_is_kept(learned: MaskLearner, gains: dict[GroupType, Tensor]) -> None:

@@ -14,7 +14,7 @@ from megatron_prune.study.claims import first_paragraph, second_paragraph
 from megatron_prune.study.document import PAGE, page
 from megatron_prune.study.figures import write_figures
 from megatron_prune.study.results import Results, Spread, accuracy, loss, read_results, write_results
-from megatron_prune.study.tables import METRICS, aware_row, table
+from megatron_prune.study.tables import METRICS, metric_row, same_as_taylor, table
 
 Make = Callable[..., Results]
 
@@ -38,20 +38,20 @@ def test_figures_are_those_that_the_page_shows(committed: Results, tmp_path: Pat
 
 def test_committed_results_have_three_seeds_and_all_metrics(committed: Results) -> None:
     assert len(committed.facts["seeds"]) >= 3
-    for row in (*(f"alone-{metric}" for metric in METRICS), *map(aware_row, METRICS)):
+    for row in (metric_row(metric, aware)[0] for metric in METRICS for aware in (False, True)):
         assert [record["seed"] for record in committed.of("small", row)] == committed.facts["seeds"], row
 
 
 def test_clearly_worse_is_when_no_seed_is_as_good(results: Make) -> None:
-    taylor = ("pruned", [2.0, 2.1, 2.2])
-    random, magnitude = ("pruned", [2.3, 2.4, 2.5]), ("pruned", [2.15, 2.4, 2.5])
-    text = first_paragraph(results(unified=taylor, metric_random=random, metric_magnitude=magnitude))
+    taylor = ("final", [2.0, 2.1, 2.2])
+    random, magnitude = ("final", [2.3, 2.4, 2.5]), ("final", [2.15, 2.4, 2.5])
+    text = first_paragraph(results(metric_taylor=taylor, metric_random=random, metric_magnitude=magnitude))
     assert "`random` is clearly worse (2.400 ± 0.100)" in text
     assert "`magnitude` is not clearly worse (2.350 ± 0.180)" in text
     assert "than `taylor` (2.100 ± 0.100 held-out loss)" in text
-    assert "after 1,024 tokens (`random`), 1,024 tokens (`magnitude`), 1,024 tokens (`taylor`)" in text
+    assert text.startswith("Pruned while training for 2,048 tokens, ")
     assert ", and no metric has a lower loss than it." in text
-    text = first_paragraph(results(unified=taylor, metric_random=random, metric_obc=("pruned", [1.0, 1.5, 2.05])))
+    text = first_paragraph(results(metric_taylor=taylor, metric_random=random, metric_obc=("final", [1.0, 1.5, 2.05])))
     assert "and lower than it is `obc` (1.517 ± 0.525, within the spread of the seeds)." in text
 
 
@@ -83,6 +83,7 @@ def test_spread_is_the_sample_deviation() -> None:
     assert Spread((1.0, 2.0)).apart(Spread((2.5, 3.0)))
     assert Spread((2.5, 3.0)).apart(Spread((1.0, 2.0)))
     assert not Spread((1.0, 2.0)).apart(Spread((2.0, 3.0)))
+    assert not Spread((1.0,)).apart(Spread((2.0,))), "a single seed says nothing of the others"
 
 
 def test_numbers_that_some_seed_lacks_are_no_numbers(results: Make) -> None:
@@ -110,8 +111,27 @@ def test_a_table_is_markdown() -> None:
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
 
 
-def test_the_readme_quotes_the_page(repo_root: Path) -> None:
-    quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", (repo_root / "README.md").read_text(encoding="utf-8"))
-    page = (repo_root / "docs" / "study.md").read_text(encoding="utf-8")
-    assert len(quoted) >= 7
-    assert [number for number in quoted if number not in page] == []
+#: Rows of the README's table by the row of the study they quote.
+QUOTED = {
+    "the found shape from random weights": "direct-searched",
+    "ShearedLlama, all widths in proportion": "sheared-uniform",
+    "**pruning while training**": "unified",
+    "pruning at once (128 samples), then training": "few-shot",
+}
+
+
+def test_the_readme_quotes_the_page(repo_root: Path, committed: Results) -> None:
+    readme = (repo_root / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in readme.splitlines() if "±" in line]
+    quoted = {label: cells for label, *cells in (re.split(r" *\| *", line.strip("| ")) for line in lines)}
+    assert quoted.keys() == QUOTED.keys()
+    for label, row in QUOTED.items():
+        for source, cell in zip(("small", "demo"), [*quoted[label], ""], strict=False):
+            spread = committed.spread(source, row, loss("final"))
+            assert cell == ("" if spread is None else spread.text()), f"{label}, {source}"
+
+
+def test_rows_that_agree_with_taylor_are_named(results: Make) -> None:
+    taylor = ("final", [2.0, 2.1, 2.2])
+    made = results(metric_taylor=taylor, metric_taylor_mixed=taylor, metric_obc=("final", [2.0, 2.1, 2.3]))
+    assert same_as_taylor(made, "small") == ["taylor-mixed"]

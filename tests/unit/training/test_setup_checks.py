@@ -17,7 +17,7 @@ SHEARED = Config(baseline=BaselineConfig(sheared_iters=6))
     ("config", "words"),
     [
         (FEW_SHOT, "--few-shot-samples 8 cannot go on from the checkpoint of step 4: it prunes before the first step"),
-        (SHEARED, "--sheared-iters 6 cannot go on from the checkpoint of step 4: checkpoints do not hold the masks"),
+        (SHEARED, "--sheared-iters 6 cannot go on from the checkpoint of step 4: it was trained without masks"),
     ],
 )
 def test_a_run_that_has_begun_is_not_pruned_at_once(config: Config, words: str) -> None:
@@ -29,3 +29,7 @@ def test_a_run_that_has_begun_is_not_pruned_at_once(config: Config, words: str) 
 def test_before_the_first_step_and_after_pruning_it_goes_on(progress: Progress) -> None:
     for config in (FEW_SHOT, SHEARED, Config()):
         _check_begun(config, progress)
+
+
+def test_masks_go_on() -> None:
+    _check_begun(SHEARED, Progress(step=4, saliency="masks:4:"))

@@ -95,6 +95,30 @@ def test_the_last_step_cuts_to_the_target_and_leaves_no_mask(engine: Engine, she
     assert shears.chosen == 0
 
 
+def test_the_last_step_runs_the_model_that_is_cut(engine: Engine, shears: Shears) -> None:
+    for number in range(STEPS - 1):
+        step(engine, shears, number)
+    units = engine.units()
+    masks = [(unit.drawn.detach().clone(), unit.settled.clone()) for unit in units]
+    step(engine, shears, STEPS - 1)
+    list(shears.commit())
+    partition = engine.partition
+    kept = [*partition.heads, *partition.ffn, partition.stem]
+    for (drawn, settled), indices in zip(masks, kept, strict=True):
+        assert drawn.nonzero().flatten().tolist() == sorted(int(unit) for unit in indices.flat if unit >= 0)
+        assert torch.equal(drawn, settled)
+        assert set(drawn.tolist()) == {0.0, 1.0}
+
+
+def test_a_memory_is_gone_on_from(engine: Engine, shears: Shears) -> None:
+    step(engine, shears, 0)
+    memory, drawn = shears.memory, [unit.drawn.detach().clone() for unit in engine.units()]
+    step(engine, shears, 1)
+    shears.remember(memory)
+    assert all(torch.equal(unit.drawn, mask) for unit, mask in zip(engine.units(), drawn, strict=True))
+    assert shears.memory == memory
+
+
 def test_a_skipped_last_step_is_made_up_for(engine: Engine, shears: Shears) -> None:
     for number in range(STEPS):
         step(engine, shears, number)
