@@ -136,8 +136,10 @@ class MaskLearner:
         self._ascent = torch.optim.Adam(multipliers, lr=lr, maximize=True)
 
     def masks(self, step: int) -> dict[GroupType, Tensor]:
-        """The masks of a step: while it learns drawn, a function of the logits, the seed and the step, differentiable in
-        the first; then as :meth:`settled`."""
+        """The masks of a step, a function of the logits, the seed and the step.
+
+        While they learn they are drawn, and differentiable in the logits; then they are :meth:`settled`.
+        """
         if step >= self._learning:
             return self.settled(step)
         noise = np.random.Generator(np.random.Philox(key=[self._seed, step]))
@@ -196,8 +198,8 @@ class MaskLearner:
         saved = content["axes"]
         if {kind: axes[0].shape for kind, axes in saved.items()} != {k: a.logits.shape for k, a in self.axes.items()}:
             raise UserError(
-                f"the checkpoint's masks are of {', '.join(saved)} and --target-shape now shrinks {', '.join(self.axes)}: "
-                "give the shape it was begun with, or start anew with another --save"
+                f"the checkpoint has masks of {', '.join(saved)} and --target-shape shrinks {', '.join(self.axes)}: give "
+                "the shape it was begun with, or start anew with another --save"
             )
         with torch.no_grad():
             for kind, axis in self.axes.items():

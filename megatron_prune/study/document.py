@@ -96,7 +96,9 @@ the last group went. Few-shot pruning's samples count as tokens of its row, whic
 
 def _metrics(results: Results, source: str) -> str:
     same = " and ".join(f"`{metric}`" for metric in same_as_taylor(results, source))
-    agreement = f" Every seed of {same} has the loss of `taylor` to the last digit: the same groups went." if same else ""
+    agreement = (
+        f" Every seed of {same} has the loss of `taylor` to the last digit: the same groups went." if same else ""
+    )
     rate = results.facts["settings"]["lr"]
     return f"""## Table 2: metrics, alone and while training
 

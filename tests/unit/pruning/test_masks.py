@@ -118,7 +118,7 @@ def test_what_was_learned_is_taken_up(gains: dict[GroupType, Tensor]) -> None:
 
 
 def test_masks_of_another_target_are_refused() -> None:
-    with pytest.raises(UserError, match="the checkpoint's masks are of .*attention.* now shrinks ffn"):
+    with pytest.raises(UserError, match="the checkpoint has masks of .*attention.* shrinks ffn: give"):
         _learner(target={"attention": 6, "ffn": 15, "stem": 24}).restore(_learner().state())
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from megatron_prune.config import load_config
 from megatron_prune.errors import UserError
-from megatron_prune.study.runs import RESULT_FILE, Run, all_runs, chosen_runs
+from megatron_prune.study.runs import RESULT_FILE, Run, all_runs, chosen_runs, weight_hashes
 from megatron_prune.study.settings import Study, read_study
-from megatron_prune.study.tables import METRICS, ORDERS, SCHEMES, aware_row
+from megatron_prune.study.tables import METRICS, ORDERS, SCHEMES, metric_row
 
 
 @pytest.fixture
@@ -24,19 +24,21 @@ def runs(study: Study, tmp_path: Path) -> list[Run]:
 
 
 def test_every_row_of_the_tables_is_run_with_three_seeds(study: Study, runs: list[Run]) -> None:
-    rows = {*SCHEMES, *ORDERS, *(f"alone-{metric}" for metric in METRICS), *map(aware_row, METRICS)}
+    rows = {*SCHEMES, *ORDERS, *(metric_row(metric, aware)[0] for metric in METRICS for aware in (False, True))}
     for row in rows:
         assert sum(run.key.startswith(f"small/{row}/") for run in runs) == len(study.seeds) >= 3, row
     assert len(study.sources) == 2
 
 
-def test_rows_that_are_continued_see_equal_tokens(runs: list[Run]) -> None:
+def test_rows_of_one_table_see_equal_tokens(runs: list[Run]) -> None:
     def tokens(settings: Mapping[str, Any]) -> int:
         samples = settings["train_iters"] * settings["global_batch_size"] + settings.get("few_shot_samples", 0)
         return int(samples * settings["seq_length"])
 
-    seen = {tokens(run.settings) for run in runs if run.row is not None and run.row.continued and not run.row.alone}
-    assert len(seen) == 1
+    for rows in (set(SCHEMES), {metric_row(metric, aware=True)[0] for metric in METRICS}):
+        chosen = [run for run in runs if run.row is not None and run.row.name in rows]
+        assert all(run.row is not None and run.row.continued for run in chosen)
+        assert len({tokens(run.settings) for run in chosen}) == 1
 
 
 def test_settings_are_flags_of_the_trainer(runs: list[Run], tmp_path: Path) -> None:
@@ -122,3 +124,14 @@ def test_mistakes_are_told(tmp_path: Path, old: str, new: str, message: str) -> 
     (tmp_path / "s.yaml").write_text(text.replace(old, new))
     with pytest.raises(UserError, match=message):
         read_study(tmp_path / "s.yaml")
+
+
+def test_the_weights_of_a_given_source_count(study: Study, tmp_path: Path) -> None:
+    def fingerprint(weights: bytes) -> str:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        source = dataclasses.replace(study.sources["demo"], path=str(tmp_path))
+        weight_hashes.cache_clear()
+        return Run(study, source, None, None, "data", tmp_path).fingerprint
+
+    assert weight_hashes(Path(study.sources["demo"].path or "")).keys() == {"model.safetensors"}
+    assert fingerprint(b"1") != fingerprint(b"2")
