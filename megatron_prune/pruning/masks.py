@@ -198,8 +198,8 @@ class MaskLearner:
         saved = content["axes"]
         if {kind: axes[0].shape for kind, axes in saved.items()} != {k: a.logits.shape for k, a in self.axes.items()}:
             raise UserError(
-                f"the checkpoint has masks of {', '.join(saved)} and --target-shape shrinks {', '.join(self.axes)}: give "
-                "the shape it was begun with, or start anew with another --save"
+                f"the checkpoint has masks of {', '.join(saved)} and --target-shape shrinks {', '.join(self.axes)}: "
+                "give the shape it was begun with, or start anew with another --save"
             )
         with torch.no_grad():
             for kind, axis in self.axes.items():
