@@ -328,7 +328,7 @@ def _budgets(config: Config, arch: Architecture) -> list[str]:
         return []
     largest = arch.num_parameters()
     floor = floor_shape(prune, arch)
-    lowest = shape_between(arch, *floor, prune.gqa_mode).num_parameters()
+    lowest = shape_between(arch, *floor, prune.gqa_mode, "most").num_parameters()  # reached whichever K/V heads go
     asked = [("--target-params", prune.target_params)] if prune.target_params is not None else []
     problems = []
     for flag, text in [*asked, *(("--export-at", mark) for mark in prune.export_at)]:

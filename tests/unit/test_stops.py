@@ -25,9 +25,9 @@ def settings(**values: Any) -> Config:
 
 
 def target(config: Config) -> tuple[Architecture, tuple[int, int]]:
-    *_, (name, arch, bounds) = stops(config, GROUPED)
-    assert name == "target"
-    return arch, bounds
+    *_, stop = stops(config, GROUPED)
+    assert stop.name == "target"
+    return stop.arch, stop.units
 
 
 def widths(arch: Architecture) -> tuple[int, int, int]:

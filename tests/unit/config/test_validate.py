@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from megatron_prune.config import Config, parse_source_shape, validate_against_source, validate_config
+from megatron_prune.config import Config, parse_source_shape, shape_between, validate_against_source, validate_config
 from megatron_prune.config.yaml_file import with_values
 from megatron_prune.errors import ConfigError
 
@@ -161,6 +161,17 @@ def test_good_against_source(values: dict[str, object]) -> None:
 def test_one_problem_each_against_source(values: dict[str, object], words: str) -> None:
     (problem,) = _source_problems(**values)
     assert words in problem
+
+
+def test_the_floor_is_what_every_run_can_reach() -> None:
+    """Where two of six query heads stay, so may two K/V heads; a budget that only one would meet is too low."""
+    source = parse_source_shape("hidden=64,ffn=64,heads=6,kv_heads=2,head_dim=64,layers=2,vocab=10,tied=1")
+    most = shape_between(source, 64, 64, 2, kv_heads="most").num_parameters()
+    assert most > shape_between(source, 64, 64, 2).num_parameters()
+    attention = {"prune_axes": ("attention",), "final_align": 128}
+    validate_against_source(_config(target_params=str(most), **attention), source)
+    with pytest.raises(ConfigError, match=f"is below the floor of {most:,} parameters"):
+        validate_against_source(_config(target_params=str(most - 1), **attention), source)
 
 
 def test_attention_window() -> None:
