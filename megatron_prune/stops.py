@@ -141,7 +141,7 @@ def stops(config: Config, source: Architecture) -> Iterator[Stop]:
     if not prune.active:
         return
     floor, mode = floor_shape(prune, source), prune.gqa_mode
-    for mark in sorted(prune.export_at, key=parse_count, reverse=True):
+    for mark in sorted(prune.export_budgets, key=parse_count, reverse=True):
         budget = parse_count(mark)
         bounds = units_range(source, floor, budget, mode)
         yield Stop(mark, shape_at_budget(source, floor, budget, mode), bounds, None)

@@ -274,7 +274,7 @@ def _syntax(config: Config) -> Iterator[str]:
     yield from _attempt("--target-kv-bytes", parse_count, prune.target_kv_bytes)
     yield from _attempt("--target-shape", parse_shape, prune.target_shape)
     yield from _attempt("--source-shape", parse_source_shape, config.model.source_shape)
-    for mark in prune.export_at:
+    for mark in prune.export_budgets:
         yield from _attempt("--export-at", parse_count, mark)
     for choice in config.train.op_impl:
         op, equals, implementation = choice.partition("=")
@@ -331,7 +331,7 @@ def _budgets(config: Config, arch: Architecture) -> list[str]:
     lowest = shape_between(arch, *floor, prune.gqa_mode, "most").num_parameters()  # reached whichever K/V heads go
     asked = [("--target-params", prune.target_params)] if prune.target_params is not None else []
     problems = []
-    for flag, text in [*asked, *(("--export-at", mark) for mark in prune.export_at)]:
+    for flag, text in [*asked, *(("--export-at", mark) for mark in prune.export_budgets)]:
         count = parse_count(text)
         if count >= largest:
             problems.append(f"{flag} {text} is not below the source's {largest:,} parameters: ask for less")
@@ -342,7 +342,7 @@ def _budgets(config: Config, arch: Architecture) -> list[str]:
         end = parse_count(prune.target_params)
         problems += [
             f"--export-at {mark} is below --target-params {prune.target_params}: the run ends before it"
-            for mark in prune.export_at
+            for mark in prune.export_budgets
             if parse_count(mark) < end
         ]
     return problems

@@ -158,7 +158,7 @@ def test_stand_in_is_the_first_at_or_under_the_budget() -> None:
 
 
 def test_phases_go_down() -> None:
-    plan = _plan(SMOLLM_1700M, target_params="457M", export_at=("800M", "1.1B"))
+    plan = _plan(SMOLLM_1700M, target_params="457M", export_at=("800M", "target", "1.1B"))
     assert [phase.name for phase in plan.phases] == ["source", "1.1B", "800M", "target"]
     for before, after in zip(plan.phases, plan.phases[1:], strict=False):
         assert before.arch.num_parameters() > after.arch.num_parameters()

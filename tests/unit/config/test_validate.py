@@ -39,7 +39,7 @@ def _source_problems(**values: object) -> tuple[str, ...]:
     [
         {},
         {"target_params": "457M", "export_at": ("1.1B", "800M"), "continue_lr": 2e-3},
-        {"target_shape": "hidden=1195,ffn=3006,heads=19", "prune_ratio": "4:1"},
+        {"target_shape": "hidden=1195,ffn=3006,heads=19", "prune_ratio": "4:1", "export_at": ("target",)},
         {"target_params": "457M", "prune_metric": "param_mix", "prune_hessian": "adam", "second_order": True},
         {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 1000},
         {"save": None, "load": "runs/a"},
@@ -100,6 +100,8 @@ def test_good(values: dict[str, object]) -> None:
         ({"second_order": True, "sheared_iters": 9, "target_shape": "heads=8"}, "is no part of --sheared-iters 9"),
         ({"target_params": "1M", "target_shape": "hidden=3"}, "are both given"),
         ({"export_at": ("1M",)}, "--export-at 1M needs pruning"),
+        ({"export_at": ("target",)}, "--export-at target needs pruning"),
+        ({"export_at": ("targets",), "target_params": "1M"}, "--export-at: 'targets' is not a count"),
         ({"continue_lr": 1e-3}, "--continue-lr and its warm-up follow pruning"),
         ({"continue_lr_warmup_iters": 1}, "--continue-lr and its warm-up follow pruning"),
         ({"prune_start_iter": 10_000, "target_params": "1M"}, "start after step 10000 of --train-iters 10000"),
@@ -131,7 +133,7 @@ def test_batch_depends_on_the_processes() -> None:
     "values",
     [
         {},
-        {"target_params": "457M", "export_at": ("1.1B", "457M")},
+        {"target_params": "457M", "export_at": ("1.1B", "457M", "target")},
         {"target_shape": "hidden=1195,ffn=3006,heads=19", "export_at": ("1.1B",)},
         {"target_shape": "heads=19", "prune_axes": ("attention",)},
     ],
