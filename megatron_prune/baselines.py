@@ -69,7 +69,7 @@ def _largest(source: Architecture, budget: int, shape: Callable[[int], Architect
 
 
 def _scaled(source: Architecture, hidden: int, gqa_mode: GqaMode) -> Architecture:
-    """All widths in the proportion of the hidden size, heads in whole K/V groups or in a number that balanced passes."""
+    """All widths in the proportion of the hidden size, heads in whole K/V groups or a number that balanced passes."""
     scale = hidden / source.hidden_size
     ffn = max(1, round(scale * source.ffn_hidden_size))
     if gqa_mode == "balanced":

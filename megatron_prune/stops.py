@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +16,15 @@ import numpy.typing as npt
 from megatron_prune.architecture import Architecture
 from megatron_prune.config import Config, TargetShape, floor_shape, parse_count, shape_between
 from megatron_prune.config.schema import GqaMode, PruneConfig
-from megatron_prune.config.targets import KvHeads, aligned_heads, heads_within_kv_bytes, pruned_axes, reachable_heads
+from megatron_prune.config.targets import (
+    KV_BOUNDS,
+    KvHeads,
+    aligned_heads,
+    heads_within_kv_bytes,
+    pruned_axes,
+    reachable_heads,
+)
+from megatron_prune.pruning.replay import Replay
 from megatron_prune.training.targets import make_budget, make_replay
 
 STEM_CHANNEL_UNITS = 2
@@ -97,9 +106,7 @@ def _widest_ffn(
     return (budget - constant - per_hidden * hidden) // (per_ffn + per_both * hidden)
 
 
-def _bilinear(
-    source: Architecture, heads: int, gqa_mode: GqaMode, kv_heads: KvHeads
-) -> tuple[int, int, int, int]:
+def _bilinear(source: Architecture, heads: int, gqa_mode: GqaMode, kv_heads: KvHeads) -> tuple[int, int, int, int]:
     """Parameters as ``a + b*hidden + c*ffn + e*hidden*ffn`` at a number of heads, from the Architecture's own count."""
 
     def count(hidden: int, ffn: int) -> int:
@@ -135,45 +142,59 @@ def stops(config: Config, source: Architecture) -> Iterator[Stop]:
     A latency cannot be foretold where nothing has been timed: the target is then the floor, as the most that can go.
 
     Raises:
-        UserError: a ledger to replay cannot be read or does not fit.
+        UserError: a ledger to replay cannot be read, does not fit, or does not reach the target or an export.
     """
     prune = config.prune
     if not prune.active:
+        return
+    replay = make_replay(config, source)
+    if replay is not None:
+        yield from _replayed(config, source, replay)
         return
     floor, mode = floor_shape(prune, source), prune.gqa_mode
     for mark in sorted(prune.export_budgets, key=parse_count, reverse=True):
         budget = parse_count(mark)
         bounds = units_range(source, floor, budget, mode)
         yield Stop(mark, shape_at_budget(source, floor, budget, mode), bounds, None)
-    if prune.replay is None and prune.target_params is not None:
+    if prune.target_params is not None:
         budget = parse_count(prune.target_params)
         arch, (fewest, most) = shape_at_budget(source, floor, budget, mode), units_range(source, floor, budget, mode)
         slack, last = _past_the_target(prune, source), shape_between(source, *floor, mode)
         bounds = fewest, min(most + slack, _units_to(last, source))
         yield Stop("target", _aligned(arch, prune, source), bounds, None)
         return
-    arch = _end(config, source, floor)
+    if prune.target_kv_bytes is not None:
+        floor = floor[0], floor[1], heads_within_kv_bytes(prune, source)
+    arch = shape_between(source, *floor, mode)
     units = _units_to(arch, source)
     if prune.target_latency_ms is not None:
         yield Stop("target", arch, (1, units), None)
-    else:
-        yield Stop("target", arch, (units, units), _parameters(arch, prune, source))
+        return
+    fewest, most = (shape_between(source, *floor, mode, kv).num_parameters() for kv in KV_BOUNDS)
+    yield Stop("target", arch, (units, units), (fewest, most))
 
 
-def _end(config: Config, source: Architecture, floor: tuple[int, int, int]) -> Architecture:
-    """The last shape of a run whose end is no number of parameters."""
+def _replayed(config: Config, source: Architecture, replay: Replay) -> Iterator[Stop]:
+    """Where a ledger stops, which is certain, but for a latency that has not been measured."""
     prune = config.prune
-    replay = make_replay(config, source)
-    if replay is not None:
-        count = len(replay.events)
-        if prune.target_latency_ms is None:  # else known when it has been measured
-            budget = make_budget(config, source, replay, None)
-            assert budget is not None
-            count = bisect.bisect_left(range(count), True, key=lambda number: budget.met(replay.after(number)))
-        return replay.after(count)
-    if prune.target_kv_bytes is not None:
-        floor = floor[0], floor[1], heads_within_kv_bytes(prune, source)
-    return shape_between(source, *floor, prune.gqa_mode)
+    ends = {
+        mark: replay.first(functools.partial(_within, parse_count(mark)))
+        for mark in sorted(prune.export_budgets, key=parse_count, reverse=True)
+    }
+    ends["target"] = len(replay.events)
+    if prune.target_latency_ms is None:
+        budget = make_budget(config, source, replay, None)
+        assert budget is not None
+        ends["target"] = replay.first(budget.met)
+    for name, number in ends.items():
+        arch = replay.after(number)
+        units, parameters = _units_to(arch, source), arch.num_parameters()
+        unknown = name == "target" and prune.target_latency_ms is not None
+        yield Stop(name, arch, (1 if unknown else units, units), None if unknown else (parameters, parameters))
+
+
+def _within(most: int, arch: Architecture) -> bool:
+    return arch.num_parameters() <= most
 
 
 def _past_the_target(prune: PruneConfig, source: Architecture) -> int:
@@ -199,15 +220,6 @@ def _aligned(arch: Architecture, prune: PruneConfig, source: Architecture) -> Ar
         heads if "attention" in axes else arch.num_attention_heads,
     )
     return shape_between(source, *widths, prune.gqa_mode)
-
-
-def _parameters(arch: Architecture, prune: PruneConfig, source: Architecture) -> tuple[int, int]:
-    """Parameters at the widths of a shape with the fewest and with the most K/V heads; a ledger says which go."""
-    if prune.replay is not None:
-        return arch.num_parameters(), arch.num_parameters()
-    widths = arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads
-    fewest = shape_between(source, *widths, prune.gqa_mode, "fewest").num_parameters()
-    return fewest, shape_between(source, *widths, prune.gqa_mode, "most").num_parameters()
 
 
 def _units_to(arch: Architecture, source: Architecture) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Literal
+from typing import Final, Literal
 
 from megatron_prune.architecture import Architecture, uniform_kv_groups
 from megatron_prune.config.schema import PRUNE_AXES, GqaMode, PruneConfig
@@ -14,6 +14,7 @@ from megatron_prune.errors import UserError
 
 #: Which of the numbers of K/V heads that may remain is meant.
 KvHeads = Literal["expected", "fewest", "most"]
+KV_BOUNDS: Final[tuple[KvHeads, KvHeads]] = ("fewest", "most")
 
 
 def reachable_heads(source: Architecture, gqa_mode: GqaMode) -> list[int]:

@@ -329,6 +329,8 @@ def _budgets(config: Config, arch: Architecture) -> list[str]:
     largest = arch.num_parameters()
     floor = floor_shape(prune, arch)
     lowest = shape_between(arch, *floor, prune.gqa_mode, "most").num_parameters()  # reached whichever K/V heads go
+    if prune.replay is not None:
+        lowest = 0  # the ledger says how far it goes
     asked = [("--target-params", prune.target_params)] if prune.target_params is not None else []
     problems = []
     for flag, text in [*asked, *(("--export-at", mark) for mark in prune.export_budgets)]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prune.architecture import Architecture
-from megatron_prune.config.schema import PRUNE_AXES, Config
+from megatron_prune.config.schema import PRUNE_AXES, Config, PruneConfig
 from megatron_prune.config.targets import floor_shape, heads_within_kv_bytes, reachable_heads
 from megatron_prune.config.values import nearest, parse_shape
 from megatron_prune.errors import UserError
@@ -71,9 +71,13 @@ def _trajectory(config: Config) -> Iterator[str]:
 def _replay(config: Config, ledger: str) -> Iterator[str]:
     prune = config.prune
     aligned = prune.final_align if prune.final_align > 1 else None
+    default = PruneConfig()
     given = {
         "--prune-cost": prune.prune_cost,
-        "--sheared-iters": config.baseline.sheared_iters,
+        "--prune-metric": None if prune.prune_metric == default.prune_metric else prune.prune_metric,
+        "--prune-hessian": None if prune.prune_hessian == default.prune_hessian else prune.prune_hessian,
+        "--saliency-norm": None if prune.saliency_norm == default.saliency_norm else prune.saliency_norm,
+        "--saliency-spike": config.guard.saliency_spike,
         "--final-align": aligned,
     }
     for flag, value in given.items():
