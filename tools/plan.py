@@ -33,7 +33,7 @@ from megatron_prune.config import (
     shape_between,
     validate_against_source,
 )
-from megatron_prune.config.validate import pruning_problems
+from megatron_prune.config.validate import setting_problems
 from megatron_prune.errors import EXIT_BAD_INPUT, ConfigError, UserError
 from megatron_prune.layouts import all_layouts, fit_sentence, format_layouts, layout_dict, layouts_dict, make_layout
 from megatron_prune.memory import GIB
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     try:
         _check_numbers(own)
         config = load_config(run_flags)
-        problems = pruning_problems(config)
+        problems = setting_problems(config, own.gpus or config.parallel.model_parallel_size)
         if problems:
             raise ConfigError(problems)
         source = _source(config)

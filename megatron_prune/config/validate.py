@@ -39,21 +39,30 @@ def validate_config(config: Config, world_size: int) -> None:
     """
     problems = [
         *_missing(config),
-        *_numbers(config),
-        *_schedule(config),
+        *setting_problems(config, world_size),
         *(_layout(config, world_size) or _batch(config, config.parallel.data_parallel_size(world_size))),
-        *_split(config),
-        *pruning_problems(config),
-        *_metric(config),
-        *baseline_problems(config, world_size),
     ]
     if problems:
         raise ConfigError(problems)
 
 
-def pruning_problems(config: Config) -> list[str]:
-    """The problems of what is pruned towards and how: all a plan needs to be right, one line each."""
-    return [*_pruning(config), *_syntax(config)]
+def setting_problems(config: Config, world_size: int) -> list[str]:
+    """What a run refuses and a plan too, one line each: all but what is missing, and a layout that does not divide.
+
+    Args:
+        config: the settings.
+        world_size: processes of the job.
+    """
+    return [
+        *_instructions(config),
+        *_numbers(config),
+        *_schedule(config),
+        *_split(config),
+        *_pruning(config),
+        *_syntax(config),
+        *_metric(config),
+        *baseline_problems(config, world_size),
+    ]
 
 
 def validate_against_source(config: Config, arch: Architecture) -> None:
@@ -95,14 +104,13 @@ def _missing(config: Config) -> Iterator[str]:
         yield "--source is missing: give a Hugging Face directory or hub id"
     if not config.data.data_path and config.data.instruction_data is None:
         yield "--data-path is missing: give the prefix of a .bin/.idx pair (tools/preprocess_data.py writes them)"
-    yield from _instructions(config)
     if not config.run.save and not config.run.load:
         yield "--save is missing: give the run directory to write"
     if config.run.finetune and not config.run.load:
         yield "--finetune needs --load: give the run directory whose weights to start from"
     elif config.run.finetune and (config.run.save is None or _same_place(config.run.save, config.run.load)):
         yield f"--finetune starts a run of its own: give a --save other than --load {config.run.load}"
-    if config.train.train_iters < 1:
+    if config.train.train_iters == 0:
         yield f"--train-iters is {config.train.train_iters}: give the optimizer steps of the run, at least 1"
 
 
@@ -148,9 +156,12 @@ def _numbers(config: Config) -> Iterator[str]:
         "save_interval": run.save_interval,
         "eval_interval": run.eval_interval,
         "seed": train.seed,
+        "train_iters": train.train_iters,
     }
     at_least_one = {
         "seq_length": config.data.seq_length,
+        "micro_batch_size": train.micro_batch_size,
+        "global_batch_size": train.global_batch_size,
         "log_interval": run.log_interval,
         "eval_iters": run.eval_iters,
         "lr_wsd_decay_iters": optim.lr_wsd_decay_iters,
@@ -224,9 +235,7 @@ def _layout(config: Config, world_size: int) -> list[str]:
 
 def _batch(config: Config, copies: int) -> Iterator[str]:
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
-    if micro < 1 or batch < 1:
-        yield f"--micro-batch-size {micro} and --global-batch-size {batch} must both be 1 or more"
-    elif batch % (micro * copies):
+    if min(micro, batch) >= 1 and batch % (micro * copies):
         of_model = f"{copies} {'copy' if copies == 1 else 'copies'} of the model"
         yield (
             f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {of_model} "
