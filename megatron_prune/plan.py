@@ -20,7 +20,7 @@ from megatron_prune.config import (
     parse_ratio,
 )
 from megatron_prune.memory import GIB, Memory, rank_shard, stage_memory, worst_stage
-from megatron_prune.stops import stops, units_between
+from megatron_prune.stops import Stop, stops, units_between
 
 _SECONDS_PER_HOUR = 3600
 
@@ -31,9 +31,11 @@ class Phase:
 
     Attributes:
         name: ``source``, the budget of an export (``1.1B``) or ``target``.
-        arch: the shape there; only ``source`` and a target shape are certain, see :func:`make_plan`.
+        arch: the shape there; only those of ``source`` and of a ledger are certain, see :func:`make_plan`.
         units: units removed until then.
         units_range: fewest and most units any run can need for it.
+        parameters_range: of a known shape, with the fewest and the most K/V heads that may remain; None where the run
+            finds the shape.
         steps: pruning steps until then, the warm-up left out.
         tokens: tokens until then, the warm-up included; 0 at the source.
         stages: bytes on one GPU of every pipeline stage at that shape.
@@ -43,9 +45,17 @@ class Phase:
     arch: Architecture
     units: int
     units_range: tuple[int, int]
+    parameters_range: tuple[int, int] | None
     steps: int
     tokens: int
     stages: tuple[Memory, ...]
+
+    @property
+    def certain(self) -> bool:
+        """True when every run needs the same units for it and has the same parameters there."""
+        fewest, most = self.units_range
+        low, high = self.parameters_range or (0, 1)
+        return fewest == most and low == high
 
     def memory(self, recompute: bool) -> Memory:
         """The stage that holds most in training."""
@@ -118,8 +128,9 @@ def make_plan(
 ) -> Plan:
     """The estimate of a run.
 
-    With ``--target-shape`` the end is exact. A shape that the run will search (the end under ``--target-params``,
-    every export) is stood in for by :func:`shape_at_budget`, with the bounds of :func:`units_range`.
+    With ``--target-shape`` the units are exact, and the parameters too unless it depends on the removals which K/V
+    heads remain. A shape that the run will search (the end under ``--target-params``, every export) is stood in for by
+    :func:`shape_at_budget`, with the bounds of :func:`units_range`.
 
     Args:
         config: settings whose pruning part passed ``validate_against_source``.
@@ -145,21 +156,21 @@ def make_plan(
         calibration=calibration if config.baseline.prunes_at_once else None,
     )
     phases = [
-        _phase("source", source, (0, 0), source, config, plan),
-        *(_phase(name, arch, bounds, source, config, plan) for name, arch, bounds in stops(config, source)),
+        _phase(Stop("source", source, (0, 0), (source.num_parameters(),) * 2), source, config, plan),
+        *(_phase(stop, source, config, plan) for stop in stops(config, source)),
     ]
     return dataclasses.replace(plan, phases=tuple(phases))
 
 
-def _phase(
-    name: str, arch: Architecture, bounds: tuple[int, int], source: Architecture, config: Config, plan: Plan
-) -> Phase:
+def _phase(stop: Stop, source: Architecture, config: Config, plan: Plan) -> Phase:
+    arch = stop.arch
     units = units_between(source, TargetShape(arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads))
     return Phase(
-        name=name,
+        name=stop.name,
         arch=arch,
         units=units,
-        units_range=bounds,
+        units_range=stop.units,
+        parameters_range=stop.parameters,
         steps=plan.steps(units),
         tokens=plan.tokens_after(units),
         stages=stage_memory(arch, config, plan.num_gpus, source),
@@ -175,7 +186,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "tokens": last.tokens,
         "parameters_source": plan.phases[0].arch.num_parameters(),
         "parameters_target": last.arch.num_parameters(),
-        "certain": last.units_range == (last.units, last.units),
+        "parameters_range": _listed(last.parameters_range),
+        "certain": last.certain,
         "units_range": list(last.units_range),
         "tokens_range": [plan.tokens_after(units) for units in last.units_range],
         "warmup_steps": plan.warmup_steps,
@@ -193,6 +205,7 @@ def _phase_dict(phase: Phase, plan: Plan) -> dict[str, Any]:
     return {
         "name": phase.name,
         "parameters": arch.num_parameters(),
+        "parameters_range": _listed(phase.parameters_range),
         "hidden_size": arch.hidden_size,
         "ffn_hidden_size": arch.ffn_hidden_size,
         "num_attention_heads": arch.num_attention_heads,
@@ -205,16 +218,21 @@ def _phase_dict(phase: Phase, plan: Plan) -> dict[str, Any]:
     }
 
 
+def _listed(bounds: tuple[int, int] | None) -> list[int] | None:
+    return None if bounds is None else list(bounds)
+
+
 def format_plan(plan: Plan) -> str:
     """Aligned text for a terminal, without a newline at the end."""
     rows = [("phase", "parameters", "hidden", "ffn", "heads", "units", "tokens", "GPU-hours", "GiB/GPU", "recomputed")]
     for phase in plan.phases:
         arch, about = phase.arch, "" if phase.units_range == (phase.units, phase.units) else "~"
+        low, high = phase.parameters_range or (0, 0)
         hours = plan.gpu_hours(phase.tokens)
         rows.append(
             (
                 phase.name,
-                f"{arch.num_parameters() / 1e6:,.1f} M",
+                f"{'' if low == high else '~'}{arch.num_parameters() / 1e6:,.1f} M",
                 f"{about}{arch.hidden_size}",
                 f"{about}{arch.ffn_hidden_size}",
                 f"{about}{arch.num_attention_heads}",
@@ -241,6 +259,10 @@ def _notes(plan: Plan) -> Iterator[str]:
             fewest, most = phase.units_range
             low, high = (plan.tokens_after(units) / 1e9 for units in phase.units_range)
             yield f"    {phase.name}: {fewest:,} to {most:,} units, {low:,.2f} to {high:,.2f} B tokens"
+    for phase in plan.phases:
+        low, high = phase.parameters_range or (0, 0)
+        if low < high:
+            yield f"~ {phase.name}: {low:,} to {high:,} parameters, as few or many K/V heads keep a query head"
     if plan.continue_steps:
         tokens = plan.continue_steps * plan.batch_tokens
         hours = plan.gpu_hours(tokens)

@@ -33,7 +33,7 @@ from megatron_prune.config import (
     shape_between,
     validate_against_source,
 )
-from megatron_prune.config.validate import pruning_problems
+from megatron_prune.config.validate import setting_problems
 from megatron_prune.errors import EXIT_BAD_INPUT, ConfigError, UserError
 from megatron_prune.layouts import all_layouts, fit_sentence, format_layouts, layout_dict, layouts_dict, make_layout
 from megatron_prune.memory import GIB
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     try:
         _check_numbers(own)
         config = load_config(run_flags)
-        problems = pruning_problems(config)
+        problems = setting_problems(config, own.gpus or config.parallel.model_parallel_size)
         if problems:
             raise ConfigError(problems)
         source = _source(config)
@@ -127,15 +127,15 @@ def _write_baselines(directory: Path, config: Config, source: Architecture) -> s
     from megatron_prune.baselines import baseline_shapes, write_config  # imports torch, as above
     from megatron_prune.checkpoint.hf import copy_companions, read_config
 
-    target, params = config.prune.target_shape, config.prune.target_params
+    target, params, mode = config.prune.target_shape, config.prune.target_params, config.prune.gqa_mode
     searched = None if target is None else parse_shape(target).resolve(source)
     if params is None and searched is None:
         raise UserError("--write-config needs the size of the models: give --target-params or --target-shape")
-    budget = shape_between(source, *searched).num_parameters() if searched else parse_count(params or "")
+    budget = shape_between(source, *searched, mode).num_parameters() if searched else parse_count(params or "")
     home = Path(config.model.source or "")
     is_here = (home / "config.json").is_file()
     lines = []
-    for name, arch in baseline_shapes(source, budget, searched).items():
+    for name, arch in baseline_shapes(source, budget, searched, mode).items():
         write_config(directory / name, arch, read_config(home) if is_here else {})
         if is_here:
             copy_companions(home, directory / name, config.model.tokenizer)

@@ -45,6 +45,9 @@ METRIC_ALIASES: Final[Mapping[str, PruneMetric]] = MappingProxyType(
 #: What grouped-query attention makes of the query heads that go together.
 GqaMode = Literal["cluster", "balanced"]
 
+#: The word of ``--export-at`` for where pruning ends.
+TARGET_MARK: Final = "target"
+
 #: What a removal can save.
 PruneCost = Literal["params", "flops", "latency", "kv-bytes"]
 
@@ -296,7 +299,8 @@ class PruneConfig:
     unless the target shape says lower."""
 
     export_at: CommaList = ()
-    """Budgets at which to write a Hugging Face snapshot on the way down: 1.1B,800M."""
+    """Budgets at which to write a Hugging Face snapshot on the way down: 1.1B,800M. The word target is where pruning
+    ends, whatever the target is."""
 
     def __post_init__(self) -> None:  # the rest of the program knows one name
         object.__setattr__(self, "prune_metric", METRIC_ALIASES.get(self.prune_metric, self.prune_metric))
@@ -312,6 +316,11 @@ class PruneConfig:
         names = ("target_params", "target_shape", "target_latency_ms", "target_kv_bytes")
         given = {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
         return {flag: str(value) for flag, value in given.items() if value is not None}
+
+    @property
+    def export_budgets(self) -> tuple[str, ...]:
+        """The numbers of parameters among ``export_at``, as they were given."""
+        return tuple(mark for mark in self.export_at if mark != TARGET_MARK)
 
     @property
     def order(self) -> tuple[str, ...] | None:

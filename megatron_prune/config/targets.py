@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from typing import Final, Literal
 
 from megatron_prune.architecture import Architecture, uniform_kv_groups
 from megatron_prune.config.schema import PRUNE_AXES, GqaMode, PruneConfig
 from megatron_prune.config.values import parse_count, parse_shape
 from megatron_prune.errors import UserError
+
+#: Which of the numbers of K/V heads that may remain is meant.
+KvHeads = Literal["expected", "fewest", "most"]
+KV_BOUNDS: Final[tuple[KvHeads, KvHeads]] = ("fewest", "most")
 
 
 def reachable_heads(source: Architecture, gqa_mode: GqaMode) -> list[int]:
@@ -95,14 +101,16 @@ def shape_between(
     ffn_hidden_size: int,
     num_attention_heads: int,
     gqa_mode: GqaMode = "cluster",
+    kv_heads: KvHeads = "expected",
 ) -> Architecture:
     """The source narrowed to given widths, for counting parameters before the run has decided which heads go.
 
     Under ``balanced`` the K/V heads follow from the number of heads, which has to be a reachable one.
 
     Every layer chooses its own heads, and a KV head goes with its last query (paper B.4). How many KV heads remain is
-    therefore not known in advance; this takes the number expected when the choice is blind to KV heads, spread over
-    the layers. Exact for multi-head attention. SmolLM-360M at 5 of 15 heads: 3.7 of 5 KV heads, the paper reports 3.6.
+    therefore not known in advance; ``expected`` takes the number expected when the choice is blind to KV heads, spread
+    over the layers, ``fewest`` and ``most`` what some choice leaves. The three are one for multi-head attention.
+    SmolLM-360M at 5 of 15 heads: 3.7 of 5 KV heads, the paper reports 3.6; 2 at the fewest, 5 at the most.
     """
     heads = num_attention_heads
     if gqa_mode == "balanced":
@@ -113,9 +121,9 @@ def shape_between(
             num_attention_heads=heads,
             kv_groups=uniform_kv_groups(source.num_layers, heads, min(heads, source.num_query_groups)),
         )
-    expected = sum(_expected_kv_heads(groups, heads) for groups in source.kv_groups)
-    # Rounded at running totals, so that the layers' whole numbers add up to the expectation of all of them.
-    marks = [round(expected * layer / source.num_layers) for layer in range(source.num_layers + 1)]
+    left = sum(_kv_heads_left(groups, heads, kv_heads) for groups in source.kv_groups)
+    # Rounded at running totals, so that the layers' whole numbers add up to that of all of them.
+    marks = [round(left * layer / source.num_layers) for layer in range(source.num_layers + 1)]
     groups = tuple(_even_groups(heads, high - low) for low, high in zip(marks, marks[1:], strict=False))
     return dataclasses.replace(
         source,
@@ -126,8 +134,13 @@ def shape_between(
     )
 
 
-def _expected_kv_heads(groups: tuple[int, ...], heads: int) -> float:
-    """Expected KV heads with a query left when ``heads`` of all queries stay, drawn without regard to KV heads."""
+def _kv_heads_left(groups: tuple[int, ...], heads: int, which: KvHeads) -> float:
+    """KV heads with a query left when ``heads`` of all queries stay; expected: drawn without regard to KV heads."""
+    if which == "most":
+        return min(heads, len(groups))
+    if which == "fewest":
+        full = itertools.accumulate(sorted(groups, reverse=True))
+        return 1 + sum(queries < heads for queries in full)
     total = sum(groups)
     draws = math.comb(total, heads)
     return sum(1 - math.comb(total - size, heads) / draws for size in groups)

@@ -39,21 +39,30 @@ def validate_config(config: Config, world_size: int) -> None:
     """
     problems = [
         *_missing(config),
-        *_numbers(config),
-        *_schedule(config),
+        *setting_problems(config, world_size),
         *(_layout(config, world_size) or _batch(config, config.parallel.data_parallel_size(world_size))),
-        *_split(config),
-        *pruning_problems(config),
-        *_metric(config),
-        *baseline_problems(config, world_size),
     ]
     if problems:
         raise ConfigError(problems)
 
 
-def pruning_problems(config: Config) -> list[str]:
-    """The problems of what is pruned towards and how: all a plan needs to be right, one line each."""
-    return [*_pruning(config), *_syntax(config)]
+def setting_problems(config: Config, world_size: int) -> list[str]:
+    """What a run refuses and a plan too, one line each: all but what is missing, and a layout that does not divide.
+
+    Args:
+        config: the settings.
+        world_size: processes of the job.
+    """
+    return [
+        *_instructions(config),
+        *_numbers(config),
+        *_schedule(config),
+        *_split(config),
+        *_pruning(config),
+        *_syntax(config),
+        *_metric(config),
+        *baseline_problems(config, world_size),
+    ]
 
 
 def validate_against_source(config: Config, arch: Architecture) -> None:
@@ -95,14 +104,13 @@ def _missing(config: Config) -> Iterator[str]:
         yield "--source is missing: give a Hugging Face directory or hub id"
     if not config.data.data_path and config.data.instruction_data is None:
         yield "--data-path is missing: give the prefix of a .bin/.idx pair (tools/preprocess_data.py writes them)"
-    yield from _instructions(config)
     if not config.run.save and not config.run.load:
         yield "--save is missing: give the run directory to write"
     if config.run.finetune and not config.run.load:
         yield "--finetune needs --load: give the run directory whose weights to start from"
     elif config.run.finetune and (config.run.save is None or _same_place(config.run.save, config.run.load)):
         yield f"--finetune starts a run of its own: give a --save other than --load {config.run.load}"
-    if config.train.train_iters < 1:
+    if config.train.train_iters == 0:
         yield f"--train-iters is {config.train.train_iters}: give the optimizer steps of the run, at least 1"
 
 
@@ -148,9 +156,12 @@ def _numbers(config: Config) -> Iterator[str]:
         "save_interval": run.save_interval,
         "eval_interval": run.eval_interval,
         "seed": train.seed,
+        "train_iters": train.train_iters,
     }
     at_least_one = {
         "seq_length": config.data.seq_length,
+        "micro_batch_size": train.micro_batch_size,
+        "global_batch_size": train.global_batch_size,
         "log_interval": run.log_interval,
         "eval_iters": run.eval_iters,
         "lr_wsd_decay_iters": optim.lr_wsd_decay_iters,
@@ -224,9 +235,7 @@ def _layout(config: Config, world_size: int) -> list[str]:
 
 def _batch(config: Config, copies: int) -> Iterator[str]:
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
-    if micro < 1 or batch < 1:
-        yield f"--micro-batch-size {micro} and --global-batch-size {batch} must both be 1 or more"
-    elif batch % (micro * copies):
+    if min(micro, batch) >= 1 and batch % (micro * copies):
         of_model = f"{copies} {'copy' if copies == 1 else 'copies'} of the model"
         yield (
             f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x {of_model} "
@@ -274,7 +283,7 @@ def _syntax(config: Config) -> Iterator[str]:
     yield from _attempt("--target-kv-bytes", parse_count, prune.target_kv_bytes)
     yield from _attempt("--target-shape", parse_shape, prune.target_shape)
     yield from _attempt("--source-shape", parse_source_shape, config.model.source_shape)
-    for mark in prune.export_at:
+    for mark in prune.export_budgets:
         yield from _attempt("--export-at", parse_count, mark)
     for choice in config.train.op_impl:
         op, equals, implementation = choice.partition("=")
@@ -328,10 +337,12 @@ def _budgets(config: Config, arch: Architecture) -> list[str]:
         return []
     largest = arch.num_parameters()
     floor = floor_shape(prune, arch)
-    lowest = shape_between(arch, *floor, prune.gqa_mode).num_parameters()
+    lowest = shape_between(arch, *floor, prune.gqa_mode, "most").num_parameters()  # reached whichever K/V heads go
+    if prune.replay is not None:
+        lowest = 0  # the ledger says how far it goes
     asked = [("--target-params", prune.target_params)] if prune.target_params is not None else []
     problems = []
-    for flag, text in [*asked, *(("--export-at", mark) for mark in prune.export_at)]:
+    for flag, text in [*asked, *(("--export-at", mark) for mark in prune.export_budgets)]:
         count = parse_count(text)
         if count >= largest:
             problems.append(f"{flag} {text} is not below the source's {largest:,} parameters: ask for less")
@@ -342,7 +353,7 @@ def _budgets(config: Config, arch: Architecture) -> list[str]:
         end = parse_count(prune.target_params)
         problems += [
             f"--export-at {mark} is below --target-params {prune.target_params}: the run ends before it"
-            for mark in prune.export_at
+            for mark in prune.export_budgets
             if parse_count(mark) < end
         ]
     return problems

@@ -63,7 +63,7 @@ def _sheared(config: Config) -> Iterator[str]:
     yield from _at_once(config, flag)
     if baseline.sheared_iters < 2:
         yield f"{flag} must be 2 or more: the last step has masks of 0 and 1, which those before it have learned"
-    if prune.active and prune.target_shape is None:
+    if prune.active and prune.replay is None and prune.target_shape is None:
         yield f"{flag} needs a shape to lead its masks to: give --target-shape in place of the other target"
     if max(_sizes(config)) > 1:
         yield f"{flag} runs data parallel only: give --tensor- and --pipeline-model-parallel-size 1"
@@ -71,6 +71,8 @@ def _sheared(config: Config) -> Iterator[str]:
         yield f"{flag} learns a mask for each query head: drop --gqa-mode {prune.gqa_mode}"
     if prune.prune_cost is not None:
         yield f"{flag} lets its masks choose: drop --prune-cost {prune.prune_cost}"
+    if prune.saliency_norm != "mean":
+        yield f"{flag} lets its masks choose: drop --saliency-norm {prune.saliency_norm}"
     if prune.prune_metric != "taylor":
         yield f"{flag} lets its masks choose: drop --prune-metric {prune.prune_metric}"
     if prune.order is not None:
@@ -86,6 +88,8 @@ def _at_once(config: Config, flag: str) -> Iterator[str]:
         yield f"{flag} says when to prune: drop --prune-start-iter {prune.prune_start_iter}"
     if config.guard.rollback_loss_jump is not None:
         yield f"{flag} prunes at once, with nothing to go back to: drop --rollback-loss-jump"
+    if config.guard.saliency_spike is not None:
+        yield f"{flag} prunes at once, with no removals before to compare with: drop --saliency-spike"
     if prune.replay is not None:
         yield f"{flag} decides what goes: drop --replay {prune.replay}"
     elif not prune.active:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prune.architecture import Architecture
-from megatron_prune.config.schema import PRUNE_AXES, Config
+from megatron_prune.config.schema import PRUNE_AXES, Config, PruneConfig
 from megatron_prune.config.targets import floor_shape, heads_within_kv_bytes, reachable_heads
 from megatron_prune.config.values import nearest, parse_shape
 from megatron_prune.errors import UserError
 
 _OWN_LEDGER = "ledger.jsonl"
+_ORDER = "an order of attention (heads), ffn (channels) and stem (hidden channels), such as stem,attention,ffn"
 
 
 def search_problems(config: Config) -> Iterator[str]:
@@ -59,11 +60,19 @@ def _trajectory(config: Config) -> Iterator[str]:
         return
     text = ",".join(prune.order)
     unknown = [axis for axis in prune.order if axis not in PRUNE_AXES]
-    if unknown:
-        hint = nearest(unknown[0], PRUNE_AXES) or ": use unified, or an order of " + ", ".join(PRUNE_AXES)
+    twice = [axis for axis in PRUNE_AXES if prune.order.count(axis) > 1]
+    if "unified" in prune.order:
+        yield (
+            f"--trajectory {text} mixes unified, which lets all axes shrink together, with an order: give unified alone, "
+            f"or {_ORDER}"
+        )
+    elif unknown:
+        hint = nearest(unknown[0], ("unified", *PRUNE_AXES)) or f": give unified, or {_ORDER}"
         yield f"--trajectory {text} has unknown {unknown[0]!r}{hint}"
-    elif len(set(prune.order)) < len(prune.order) or not prune.order:
-        yield f"--trajectory {text} must name every axis that shrinks, once"
+    elif twice:
+        yield f"--trajectory {text} names {twice[0]} twice, and an axis shrinks in one go: keep one"
+    elif not prune.order:
+        yield f"--trajectory is empty: give unified, or {_ORDER}"
     elif prune.target_shape is None and prune.replay is None:
         yield f"--trajectory {text} needs to know where each axis ends: give --target-shape, or --replay"
 
@@ -71,9 +80,13 @@ def _trajectory(config: Config) -> Iterator[str]:
 def _replay(config: Config, ledger: str) -> Iterator[str]:
     prune = config.prune
     aligned = prune.final_align if prune.final_align > 1 else None
+    default = PruneConfig()
     given = {
         "--prune-cost": prune.prune_cost,
-        "--sheared-iters": config.baseline.sheared_iters,
+        "--prune-metric": None if prune.prune_metric == default.prune_metric else prune.prune_metric,
+        "--prune-hessian": None if prune.prune_hessian == default.prune_hessian else prune.prune_hessian,
+        "--saliency-norm": None if prune.saliency_norm == default.saliency_norm else prune.saliency_norm,
+        "--saliency-spike": config.guard.saliency_spike,
         "--final-align": aligned,
     }
     for flag, value in given.items():

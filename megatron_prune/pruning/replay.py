@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,10 @@ class Replay:
         """The width of each type after the last event."""
         arch = self.after(len(self.events))
         return {kind: width(kind, arch) for kind in GROUP_TYPES}
+
+    def first(self, true_of: Callable[[Architecture], bool]) -> int:
+        """After how many events something that stays true is true of the shape; all of them where it never is."""
+        return bisect.bisect_left(range(len(self.events)), True, key=lambda number: true_of(self.after(number)))
 
     def after(self, number: int) -> Architecture:
         """The shape after the first so many events."""

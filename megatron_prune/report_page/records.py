@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.directory import SOURCE_DIR, complete_checkpoints
 from megatron_prune.checkpoint.hf_source import read_architecture
-from megatron_prune.config.schema import Config
+from megatron_prune.config.schema import TARGET_MARK, Config
 from megatron_prune.config.targets import shape_between
 from megatron_prune.config.values import parse_count, parse_shape
 from megatron_prune.config.yaml_file import read_yaml, with_values
@@ -253,13 +253,15 @@ def _exports(run_dir: Path, config: Config | None, events: Sequence[Event]) -> t
     directory = run_dir / EXPORTS
     there = sorted(path.name for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
     names = [*wanted, *(name for name in there if name not in wanted and not name.startswith("."))]
+    written = {name: (directory / name / "config.json").is_file() for name in names}
     return tuple(
-        Export(name, f"{EXPORTS}/{name}", (directory / name / "config.json").is_file(), _crossed(name, events))
-        for name in names
+        Export(name, f"{EXPORTS}/{name}", written[name], _crossed(name, written[name], events)) for name in names
     )
 
 
-def _crossed(name: str, events: Sequence[Event]) -> Event | None:
+def _crossed(name: str, written: bool, events: Sequence[Event]) -> Event | None:
+    if name == TARGET_MARK and written:
+        return events[-1] if events else None
     try:
         budget = parse_count(name)
     except UserError:

@@ -25,6 +25,7 @@ from megatron_prune.checkpoint.store import (
     open_newest,
     save_checkpoint,
 )
+from megatron_prune.config.schema import TARGET_MARK
 from megatron_prune.config.values import parse_count
 from megatron_prune.errors import MegatronPruneError
 from megatron_prune.parallel.collectives import barrier, from_main
@@ -194,7 +195,7 @@ class Validation(_Callback):
 
 
 class Exports(_Callback):
-    """Writes a Hugging Face snapshot at the first shape at or under each ``--export-at`` budget.
+    """Writes a Hugging Face snapshot at the first shape at or under each ``--export-at`` budget, and at the target.
 
     Args:
         reporter: where lines go.
@@ -222,10 +223,14 @@ class Exports(_Callback):
         """Export the budgets this removal crossed."""
         self._export_due(trainer)
 
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Export the target once pruning has ended."""
+        if TARGET_MARK in trainer.config.prune.export_at and trainer.progress.continue_from is not None:
+            self._export_due(trainer)
+
     def _export_due(self, trainer: Trainer) -> None:
-        parameters = trainer.architecture.num_parameters()
         for name in trainer.config.prune.export_at:
-            if name in trainer.progress.exported or parameters > parse_count(name):
+            if name in trainer.progress.exported or not self._reached(trainer, name):
                 continue
             # The checkpoint will hold this very shape, unless the step goes on to remove more.
             if not trainer.removals_left and trainer.asked_to_stop():
@@ -233,6 +238,11 @@ class Exports(_Callback):
             with self._throughput.paused():
                 self._export(trainer, name)
             trainer.mark_exported(name)
+
+    def _reached(self, trainer: Trainer, name: str) -> bool:
+        if name == TARGET_MARK:
+            return trainer.progress.continue_from is not None
+        return trainer.architecture.num_parameters() <= parse_count(name)
 
     def _export(self, trainer: Trainer, name: str) -> None:
         partition = trainer.engine.partition

@@ -27,8 +27,11 @@ from megatron_prune.ops.dispatch import Ops, build_ops, parse_forced
 from megatron_prune.parallel.collectives import agreed
 from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.parallel.partition import Partition
+from megatron_prune.pruning.replay import Replay
 from megatron_prune.training.batches import Samples
+from megatron_prune.training.latency import saved_table
 from megatron_prune.training.resume import newest_whole
+from megatron_prune.training.targets import make_replay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Inputs:
         ops: kernels.
         base: whose weights to start from (``--finetune``), or None. Verified as the checkpoint is.
         damaged: newer checkpoints that cannot be used.
+        replay: the removals to repeat, or None.
     """
 
     source_path: Path
@@ -56,6 +60,7 @@ class Inputs:
     ops: Ops
     base: Checkpoint | None = None
     damaged: tuple[DamagedCheckpoint, ...] = ()
+    replay: Replay | None = None
 
 
 def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inputs:
@@ -68,6 +73,9 @@ def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inpu
     found, base = _find_checkpoints(config)
     if found is not None:
         _check_same_source(found.checkpoint, config, source)
+    replay = make_replay(config, source)
+    if config.prune.needs_latency:
+        saved_table(config, source, None if found is None else run_of(found.checkpoint))  # fails here or never
     needed = not config.run.finetune and has_weights(source_path)  # or they are those of a checkpoint
     weights = SourceWeights(source_path, source) if needed else None
     if config.distill.distill_weight and weights is None:
@@ -90,6 +98,7 @@ def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inpu
         ops=ops,
         base=None if base is None else base.checkpoint,
         damaged=() if found is None else found.damaged,
+        replay=replay,
     )
 
 
@@ -159,9 +168,14 @@ def placement(saved: Partition, config: Config) -> Partition:
     return saved if saved.tensor_parallel == ranks else saved.spread(ranks, max(1, config.prune.prune_align))
 
 
+def run_of(checkpoint: Checkpoint) -> Path:
+    """The run directory that a checkpoint lies in."""
+    return checkpoint.path.parent.parent
+
+
 def is_own(checkpoint: Checkpoint, config: Config) -> bool:
     """True for a checkpoint of the run directory, not of another one that ``--load`` names."""
-    return config.run.directory is not None and checkpoint.path.parent.parent == Path(config.run.directory)
+    return config.run.directory is not None and run_of(checkpoint) == Path(config.run.directory)
 
 
 def _find_checkpoints(config: Config) -> tuple[Found | None, Found | None]:

@@ -50,16 +50,34 @@ def latency_table(config: Config, source: Architecture, mesh: Mesh, saved: Path 
     table: LatencyTable | None = None
     if mesh.is_main:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        homes = [Path(home) for home in (config.run.directory, saved) if home is not None]
-        about = about_table(config, source)
-        table = next((found for found in map(read_table, homes) if found is not None and found.about == about), None)
+        table = saved_table(config, source, saved)
         if table is None:
             table = measured_table(
                 config, source, lambda arch: decode_ms(arch, config.data.seq_length, dtype, mesh.device)
             )
-        write_table(homes[0], table)
+        write_table(_homes(config, saved)[0], table)
     shared: LatencyTable = from_main(table, mesh)
     return shared
+
+
+def saved_table(config: Config, source: Architecture, saved: Path | None) -> LatencyTable | None:
+    """The table that a run need not measure, from its directory or from the one it goes on from; None if there is none.
+
+    Args:
+        config: checked settings.
+        source: the model that is pruned.
+        saved: run directory of the checkpoint that the run goes on from, or None.
+
+    Raises:
+        UserError: there is one and it cannot be read.
+    """
+    about = about_table(config, source)
+    found = map(read_table, _homes(config, saved))
+    return next((table for table in found if table is not None and table.about == about), None)
+
+
+def _homes(config: Config, saved: Path | None) -> list[Path]:
+    return [Path(home) for home in (config.run.directory, saved) if home is not None]
 
 
 def about_table(config: Config, source: Architecture) -> dict[str, Any]:

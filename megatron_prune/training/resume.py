@@ -14,7 +14,7 @@ from megatron_prune.checkpoint.store import (
     set_aside,
     verify_together,
 )
-from megatron_prune.config.schema import Config
+from megatron_prune.config.schema import TARGET_MARK, Config
 from megatron_prune.parallel.collectives import agreed
 from megatron_prune.parallel.mesh import Mesh
 
@@ -67,7 +67,8 @@ def resumed(config: Config, saved: Manifest, met: bool) -> Progress:
     pace = (before("prune", "prune_ratio"), before("optim", "lr_warmup_iters") if start is None else start)
     reopened = progress.continue_from is not None and not met
     if reopened:
-        progress = dataclasses.replace(progress, continue_from=None)
+        exported = tuple(name for name in progress.exported if name != TARGET_MARK)  # there is another one now
+        progress = dataclasses.replace(progress, continue_from=None, exported=exported)
     measured = ("prune_metric", "prune_hessian", "saliency_ema")
     masked = config.baseline.sheared_iters is not None
     other = any(saved.settings["prune"].get(name) != getattr(config.prune, name) for name in measured)

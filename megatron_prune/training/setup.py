@@ -45,8 +45,8 @@ from megatron_prune.training.batches import Batches
 from megatron_prune.training.callbacks import Checkpoints, Exports, Metrics, Validation, report_damaged
 from megatron_prune.training.distill import Teacher
 from megatron_prune.training.engine import PruningEngine, prepare_deepspeed
-from megatron_prune.training.inputs import Inputs, is_own, placement, verified
-from megatron_prune.training.latency import latency_table
+from megatron_prune.training.inputs import Inputs, is_own, placement, run_of, verified
+from megatron_prune.training.latency import latency_table, saved_table
 from megatron_prune.training.loop import Callback, Trainer
 from megatron_prune.training.optimizer_memory import AdamSettings
 from megatron_prune.training.pruner import Pruner, PruneRules
@@ -56,7 +56,7 @@ from megatron_prune.training.resume import put_aside, resumed
 from megatron_prune.training.run_dir import replace_text, writing
 from megatron_prune.training.sheared import MEMORY, Shears
 from megatron_prune.training.speed import Throughput, peak_flops
-from megatron_prune.training.targets import make_budget, make_replay
+from megatron_prune.training.targets import make_budget
 
 
 def build_trainer(
@@ -81,15 +81,11 @@ def build_trainer(
     inputs = verified(config, inputs, mesh)
     checkpoint = inputs.checkpoint
     partition = _partition(config, inputs)
-    replay = make_replay(config, inputs.source)
-    saved = None if checkpoint is None else checkpoint.path.parent.parent
+    replay, saved = inputs.replay, None if checkpoint is None else run_of(checkpoint)
     budget = make_budget(config, inputs.source, replay, lambda: latency_table(config, inputs.source, mesh, saved))
-    _check_removed(budget, replay, partition)
-    met = budget is None or budget.met(partition.architecture())
-    progress = resumed(config, checkpoint.manifest, met) if checkpoint else Progress()
+    progress = _progress(config, inputs, budget, partition)
     # Ranks that read different directories (a --save that is not shared) would build different models.
     agreed(f"resume {progress.step} events {progress.events}", mesh)
-    _check_begun(config, progress)
     if checkpoint is not None and is_own(checkpoint, config):
         put_aside(inputs.damaged, mesh)
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -123,6 +119,35 @@ def build_trainer(
         _callbacks(config, inputs, mesh, reporter, run_dir),
         micro_batch_size,
     )
+
+
+def check_start(config: Config, inputs: Inputs) -> None:
+    """Refuse what :func:`build_trainer` would refuse of the checkpoint to go on from, without a process group.
+
+    Its checksums are not taken here. Whether a latency is met that has not been measured remains open.
+
+    Raises:
+        UserError: the run cannot go on from there with these settings.
+    """
+    if inputs.checkpoint is None:
+        return
+    table = saved_table(config, inputs.source, run_of(inputs.checkpoint)) if config.prune.needs_latency else None
+    if config.prune.needs_latency and table is None:
+        _check_begun(config, inputs.checkpoint.manifest.progress)
+        return
+    budget = make_budget(config, inputs.source, inputs.replay, None if table is None else lambda: table)
+    _progress(config, inputs, budget, _partition(config, inputs))
+
+
+def _progress(config: Config, inputs: Inputs, budget: Budget | None, partition: Partition) -> Progress:
+    """Where the run goes on, if it can."""
+    if inputs.checkpoint is None:
+        return Progress()
+    _check_removed(budget, inputs.replay, partition)
+    met = budget is None or budget.met(partition.architecture())
+    progress = resumed(config, inputs.checkpoint.manifest, met)
+    _check_begun(config, progress)
+    return progress
 
 
 def _engine(

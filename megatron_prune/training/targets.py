@@ -20,10 +20,15 @@ def make_replay(config: Config, source: Architecture) -> Replay | None:
     """The ledger to repeat, or None.
 
     Raises:
-        UserError: it cannot be read or does not fit the source.
+        UserError: it cannot be read, does not fit the source, or ends before the target or an export.
     """
     prune = config.prune
-    return None if prune.replay is None else read_replay(Path(prune.replay), source, prune.order)
+    if prune.replay is None:
+        return None
+    replay = read_replay(Path(prune.replay), source, prune.order)
+    if not prune.needs_latency:  # else once that has been measured
+        make_budget(config, source, replay, None)
+    return replay
 
 
 def make_budget(
@@ -38,7 +43,8 @@ def make_budget(
         measure: the table of latencies, asked for if it is needed; None where it is not.
 
     Raises:
-        UserError: the latency asked for is not between the source's and the floor's.
+        UserError: the latency asked for is not between the source's and the floor's, or the ledger ends before the
+            target or an export.
     """
     prune = config.prune
     if not prune.active:
@@ -55,7 +61,7 @@ def make_budget(
     if prune.target_latency_ms is not None:
         assert costs.latency is not None
         _check_latency(prune.target_latency_ms, costs.latency, source, (hidden, ffn, heads))
-    return Budget(
+    budget = Budget(
         target_params=None if prune.target_params is None else parse_count(prune.target_params),
         target_shape=shape,
         floors=floors,
@@ -67,6 +73,25 @@ def make_budget(
         order=None if prune.order is None else [kind for kind in prune.order if kind in GROUP_TYPES],
         last_shape=None if replay is None else replay.end(),
     )
+    if replay is not None:
+        _check_reach(prune, replay, budget)
+    return budget
+
+
+def _check_reach(prune: PruneConfig, replay: Replay, budget: Budget) -> None:
+    """Refuse a target that the ledger does not reach, and exports that the run does not."""
+    last = replay.after(len(replay.events))
+    shape = f"hidden={last.hidden_size},ffn={last.ffn_hidden_size},heads={last.num_attention_heads}"
+    ledger = f"beyond --replay {prune.replay}, which ends at {last.num_parameters():,} parameters ({shape})"
+    for flag, value in prune.targets.items():
+        if not budget.reached(last):
+            raise UserError(f"{flag} {value} is {ledger}: ask for more, or drop it to end with the ledger")
+    end = replay.after(replay.first(budget.met)).num_parameters()
+    for mark in prune.export_budgets:
+        if parse_count(mark) < last.num_parameters():
+            raise UserError(f"--export-at {mark} is {ledger}: ask for more, or drop it")
+        if parse_count(mark) < end:
+            raise UserError(f"--export-at {mark} is below the {end:,} parameters at which the target ends the run")
 
 
 def _limit(prune: PruneConfig) -> tuple[PruneCost, float] | None:

@@ -220,3 +220,30 @@ def test_damaged_checkpoint_is_named(workspace: Any, capfd: pytest.CaptureFixtur
     error = capfd.readouterr().err
     assert str(shard) in error
     assert "damaged" in error
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_decides_is_read_before_processes_meet(
+    workspace: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dry: bool
+) -> None:
+    def nobody_joins() -> None:
+        raise AssertionError("it came to a meeting")
+
+    monkeypatch.setattr(pretrain, "joined", nobody_joins)
+    run, dry_run = tmp_path / "run", ["--dry-run"] * dry
+    flags = workspace.flags("unused", save=run, target_shape=None, replay=tmp_path / "ledger.jsonl")
+    assert main([*flags, *dry_run]) == 2
+    assert "ledger.jsonl is no ledger" in capfd.readouterr().err
+    run.mkdir()
+    (run / "latency.json").write_text("{")
+    changes = {"prune_cost": "latency", "gqa_mode": "balanced"}
+    assert main([*workspace.flags("unused", save=run, **changes), *dry_run]) == 2
+    assert "latency.json is no latency table" in capfd.readouterr().err
+
+
+def test_a_dry_run_looks_at_the_checkpoint(workspace: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = workspace.flags("begun", target_shape=None, train_iters=3, eval_interval=0)
+    workspace.run_ok(flags)
+    few_shot = workspace.flags("begun", few_shot_samples=4, eval_interval=0)
+    assert main([*few_shot, "--dry-run"]) == 2
+    assert "--few-shot-samples 4 cannot go on from the checkpoint of step 3" in capfd.readouterr().err

@@ -128,7 +128,7 @@ def test_ledger_and_source_reproduce_the_pruned_model(workspace: Any, baseline: 
 def test_exports_at_budgets_load_and_are_the_first_under_them(workspace: Any, read_jsonl: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    flags = workspace.flags("budgets", target_shape=None, target_params="12K", export_at="16K,14K")
+    flags = workspace.flags("budgets", target_shape=None, target_params="12K", export_at="16K,14K,target")
     output = workspace.run_ok(flags)
     assert "logits within" in output
     events = read_jsonl(workspace.root / "budgets" / "ledger.jsonl")
@@ -142,6 +142,10 @@ def test_exports_at_budgets_load_and_are_the_first_under_them(workspace: Any, re
             event["shape"]["hidden_size"] for event in events if event["parameters"] == first
         )
         assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape[1] > 3
+    end = read_architecture(workspace.root / "budgets" / "exports" / "target")
+    assert (end.hidden_size, end.ffn_hidden_size) == tuple(
+        events[-1]["shape"][width] for width in ("hidden_size", "ffn_hidden_size")
+    )
     below = [event["parameters"] for event in events if event["parameters"] <= 12_000]
     assert below == [events[-1]["parameters"]], "pruning stops at the first shape at or under the target"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 from megatron_prune.baselines import baseline_shapes, write_config
 from megatron_prune.checkpoint.hf import architecture_from_hf, has_weights, read_architecture
-from megatron_prune.config import parse_source_shape
+from megatron_prune.config import parse_source_shape, shape_between
+from megatron_prune.config.targets import reachable_heads
 from megatron_prune.errors import UserError
 
 SMOLLM = "hidden=2048,ffn=8192,heads=32,kv_heads=32,head_dim=64,layers=24,vocab=49152,tied=1"
@@ -49,6 +51,18 @@ def test_grouped_attention_keeps_whole_groups() -> None:
         assert shapes["searched"].num_query_groups == 5  # 3.7 are left in the mean, and 1 and 5 divide 5
 
 
+def test_balanced_shapes_are_ones_it_passes_through() -> None:
+    source = parse_source_shape(GQA)
+    passed = reachable_heads(source, "balanced")
+    for heads, budget in itertools.product((10, 5, 4), (134_000_000, 250_000_000)):
+        shapes = baseline_shapes(source, budget, (757, 966, heads), "balanced")
+        assert shapes["searched"] == shape_between(source, 757, 966, heads, "balanced")
+        for shape in shapes.values():
+            assert shape.num_attention_heads in passed
+            assert shape.num_query_groups == min(shape.num_attention_heads, 5)
+            assert shape.uniform_kv
+
+
 def test_a_budget_below_every_shape_is_an_error() -> None:
     with pytest.raises(UserError, match="--target-params"):
         baseline_shapes(parse_source_shape(SMOLLM), 1000, None)
@@ -79,5 +93,12 @@ def test_the_tool_writes_them(repo_root: Path, tmp_path: Path, capsys: pytest.Ca
         arch = read_architecture(tmp_path / name)
         assert f"{arch.num_parameters():,} parameters" in printed
         assert not has_weights(tmp_path / name)
+    source = parse_source_shape(GQA)
+    balanced = ["--source-shape", GQA, "--gqa-mode", "balanced", "--write-config", str(tmp_path / "balanced")]
+    assert tool.main([*balanced, "--target-shape", "hidden=757,ffn=966,heads=4"]) == 0
+    wanted = shape_between(source, 757, 966, 4, "balanced").num_parameters()
+    assert read_architecture(tmp_path / "balanced" / "searched").num_parameters() == wanted
+    for name in ("hidden_only", "uniform"):
+        assert 0.97 * wanted < read_architecture(tmp_path / "balanced" / name).num_parameters() <= wanted
     assert tool.main(flags) == 2
     assert "--target-params" in capsys.readouterr().err

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,7 +57,21 @@ def test_tokens_of_the_papers_runs(
     assert found["units"] == units
     assert round(found["tokens"] / 1e9, 2) == billions
     assert found["tokens"] == (found["warmup_steps"] + found["steps"]) * batch
-    assert found["certain"]
+    assert found["units_range"] == [units, units]
+    assert found["certain"] is ("kv_heads=5" not in source)
+
+
+def test_kv_heads_that_may_go_make_the_parameters_a_range() -> None:
+    plan = _plan(SMOLLM_360M, target_shape="hidden=757,ffn=966,heads=5")
+    low, high = plan_dict(plan)["parameters_range"]
+    per_kv_head = 2 * 757 * 64 * 32
+    assert (high - low) == (5 - 2) * per_kv_head
+    assert low < plan.phases[-1].arch.num_parameters() < high
+    assert f"~ target: {low:,} to {high:,} parameters" in format_plan(plan)
+    heads_stay = plan_dict(_plan(SMOLLM_360M, target_shape="hidden=757,ffn=966"))
+    assert heads_stay["parameters_range"] == [heads_stay["parameters_target"]] * 2
+    assert heads_stay["certain"]
+    assert plan_dict(_plan(SMOLLM_360M, target_shape="ffn=966,heads=5", gqa_mode="balanced"))["certain"]
 
 
 @pytest.mark.parametrize(
@@ -86,20 +103,31 @@ def test_steps_round_up() -> None:
     assert pruning_steps(0, (1, 9)) == 0
 
 
+def _without_a_head(arch: Architecture) -> Iterator[Architecture]:
+    """Every model that is left when each layer gives any one of its query heads."""
+    choices = [
+        {tuple(sorted(size - (place == gone) for place, size in enumerate(groups))) for gone in range(len(groups))}
+        for groups in arch.kv_groups
+    ]
+    for groups in itertools.product(*choices):
+        kept = tuple(tuple(size for size in layer if size) for layer in groups)
+        yield dataclasses.replace(arch, num_attention_heads=arch.num_attention_heads - 1, kv_groups=kept)
+
+
 def _reachable(arch: Architecture, floor: tuple[int, int, int], budget: int) -> set[int]:
     """Units of every shape at which some order of removals first meets a budget, by walking all of them."""
-    start = (arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads)
-    seen, found, stack = {start}, set(), [start]
+    seen, found, stack = {arch}, set(), [arch]
     while stack:
-        shape = stack.pop()
-        if shape_between(arch, *shape).num_parameters() <= budget:
-            found.add(units_between(arch, TargetShape(*shape)))
+        now = stack.pop()
+        hidden, ffn, heads = now.hidden_size, now.ffn_hidden_size, now.num_attention_heads
+        if now.num_parameters() <= budget:
+            found.add(units_between(arch, TargetShape(hidden, ffn, heads)))
             continue
-        for axis in range(3):
-            child = (shape[0] - (axis == 0), shape[1] - (axis == 1), shape[2] - (axis == 2))
-            if child[axis] >= floor[axis] and child not in seen:
-                seen.add(child)
-                stack.append(child)
+        children = [dataclasses.replace(now, hidden_size=hidden - 1)] if hidden > floor[0] else []
+        children += [dataclasses.replace(now, ffn_hidden_size=ffn - 1)] if ffn > floor[1] else []
+        children += _without_a_head(now) if heads > floor[2] else []
+        stack += [child for child in children if child not in seen]
+        seen.update(children)
     return found
 
 
@@ -109,8 +137,7 @@ def _reachable(arch: Architecture, floor: tuple[int, int, int], budget: int) -> 
 def test_range_against_every_way_down(source: str, share: float, floor: tuple[int, int, int]) -> None:
     arch = parse_source_shape(source)
     budget = int(arch.num_parameters() * share)
-    if budget < shape_between(arch, *floor).num_parameters():
-        budget = shape_between(arch, *floor).num_parameters()
+    budget = max(budget, shape_between(arch, *floor, kv_heads="most").num_parameters())
     reachable = _reachable(arch, floor, budget)
     fewest, most = units_range(arch, floor, budget)
     assert fewest == min(reachable)
@@ -131,7 +158,7 @@ def test_stand_in_is_the_first_at_or_under_the_budget() -> None:
 
 
 def test_phases_go_down() -> None:
-    plan = _plan(SMOLLM_1700M, target_params="457M", export_at=("800M", "1.1B"))
+    plan = _plan(SMOLLM_1700M, target_params="457M", export_at=("800M", "target", "1.1B"))
     assert [phase.name for phase in plan.phases] == ["source", "1.1B", "800M", "target"]
     for before, after in zip(plan.phases, plan.phases[1:], strict=False):
         assert before.arch.num_parameters() > after.arch.num_parameters()
@@ -201,6 +228,10 @@ def test_tool_from_an_example_without_the_model(repo_root: Path) -> None:
         (f"--source-shape {TINY} --target-params 5B", "is not below the source's"),
         (f"--source-shape {TINY} --target-parms 5B", "did you mean --target-params?"),
         (f"--source-shape {TINY} --prune-ratio 19", "is not a ratio"),
+        (f"--source-shape {TINY} --target-params 50 --final-align 0", "--final-align 0 must be 1 or more"),
+        (f"--source-shape {TINY} --micro-batch-size 0", "--micro-batch-size 0 must be 1 or more"),
+        (f"--source-shape {TINY} --target-shape ffn=3 --sheared-iters 1", "--sheared-iters 1 must be 2 or more"),
+        (f"--source-shape {TINY} --lr -1", "--lr -1.0 must be above 0"),
         (f"--source-shape {TINY} --gpus 0", "--gpus 0 must be above 0"),
         (f"--source-shape {TINY} --gpu-memory nan", "--gpu-memory nan must be above 0"),
         (f"--source-shape {TINY} --gpus 8 --tensor-model-parallel-size 3", "= 3 does not divide 8 GPU(s)"),

@@ -12,6 +12,7 @@ from megatron_prune.architecture import Architecture
 from megatron_prune.config import Config, TargetShape, floor_shape, parse_source_shape, shape_between
 from megatron_prune.config.targets import reachable_heads
 from megatron_prune.config.yaml_file import with_values
+from megatron_prune.errors import UserError
 from megatron_prune.pruning.groups import MiniGroup
 from megatron_prune.pruning.ledger import Event, Ledger, shape_of
 from megatron_prune.pruning.replay import removed_at_once
@@ -25,9 +26,9 @@ def settings(**values: Any) -> Config:
 
 
 def target(config: Config) -> tuple[Architecture, tuple[int, int]]:
-    *_, (name, arch, bounds) = stops(config, GROUPED)
-    assert name == "target"
-    return arch, bounds
+    *_, stop = stops(config, GROUPED)
+    assert stop.name == "target"
+    return stop.arch, stop.units
 
 
 def widths(arch: Architecture) -> tuple[int, int, int]:
@@ -118,3 +119,23 @@ def test_a_replay_ends_with_the_ledger_or_at_the_target(tmp_path: Path, number: 
     assert bounds == ((2, 3, 7, 9)[number - 1],) * 2
     whole, _ = target(settings(replay=replay))
     assert shape_of(whole) == dict(events[-1].shape)
+    export, _ = stops(settings(replay=replay, export_at=(str(events[number - 1].parameters),)), GROUPED)
+    assert (shape_of(export.arch), export.units) == (dict(events[number - 1].shape), bounds)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"target_params": "399"}, "--target-params 399 is beyond --replay"),
+        ({"target_shape": "hidden=3"}, "--target-shape hidden=3 is beyond --replay"),
+        ({"target_kv_bytes": "16"}, "--target-kv-bytes 16 is beyond --replay"),
+        ({"export_at": ("500", "399")}, "--export-at 399 is beyond --replay"),
+        ({"target_params": "500", "export_at": ("399",)}, "--export-at 399 is beyond --replay"),
+        ({"target_shape": "ffn=6", "export_at": ("500",)}, "--export-at 500 is below the 580 parameters"),
+    ],
+)
+def test_what_a_ledger_does_not_reach_is_refused(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    assert ledger(tmp_path / "ledger.jsonl")[-1].parameters == 400
+    with pytest.raises(UserError, match=words) as error:
+        list(stops(settings(replay=str(tmp_path / "ledger.jsonl"), **values), GROUPED))
+    assert "is below" in words or "which ends at 400 parameters (hidden=4,ffn=6,heads=4)" in str(error.value)

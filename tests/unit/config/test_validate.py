@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from megatron_prune.config import Config, parse_source_shape, validate_against_source, validate_config
+from megatron_prune.config import Config, parse_source_shape, shape_between, validate_against_source, validate_config
 from megatron_prune.config.yaml_file import with_values
 from megatron_prune.errors import ConfigError
 
@@ -39,7 +39,7 @@ def _source_problems(**values: object) -> tuple[str, ...]:
     [
         {},
         {"target_params": "457M", "export_at": ("1.1B", "800M"), "continue_lr": 2e-3},
-        {"target_shape": "hidden=1195,ffn=3006,heads=19", "prune_ratio": "4:1"},
+        {"target_shape": "hidden=1195,ffn=3006,heads=19", "prune_ratio": "4:1", "export_at": ("target",)},
         {"target_params": "457M", "prune_metric": "param_mix", "prune_hessian": "adam", "second_order": True},
         {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 1000},
         {"save": None, "load": "runs/a"},
@@ -83,7 +83,9 @@ def test_good(values: dict[str, object]) -> None:
         ({"lr_wsd_decay_iters": 5}, "only goes with WSD"),
         ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9_999}, "exceed --train-iters 10000"),
         ({"micro_batch_size": 3}, "x 1 copy of the model = 3: change one of them"),
-        ({"micro_batch_size": 0}, "must both be 1 or more"),
+        ({"micro_batch_size": 0}, "--micro-batch-size 0 must be 1 or more"),
+        ({"global_batch_size": 0}, "--global-batch-size 0 must be 1 or more"),
+        ({"train_iters": -3, "lr_warmup_iters": 0}, "--train-iters -3 must be 0 or more"),
         ({"split": "1,2"}, "must be three shares"),
         ({"split": "0,1,1"}, "must be three shares"),
         ({"split": "a,1,1"}, "must be three shares"),
@@ -100,6 +102,8 @@ def test_good(values: dict[str, object]) -> None:
         ({"second_order": True, "sheared_iters": 9, "target_shape": "heads=8"}, "is no part of --sheared-iters 9"),
         ({"target_params": "1M", "target_shape": "hidden=3"}, "are both given"),
         ({"export_at": ("1M",)}, "--export-at 1M needs pruning"),
+        ({"export_at": ("target",)}, "--export-at target needs pruning"),
+        ({"export_at": ("targets",), "target_params": "1M"}, "--export-at: 'targets' is not a count"),
         ({"continue_lr": 1e-3}, "--continue-lr and its warm-up follow pruning"),
         ({"continue_lr_warmup_iters": 1}, "--continue-lr and its warm-up follow pruning"),
         ({"prune_start_iter": 10_000, "target_params": "1M"}, "start after step 10000 of --train-iters 10000"),
@@ -131,7 +135,7 @@ def test_batch_depends_on_the_processes() -> None:
     "values",
     [
         {},
-        {"target_params": "457M", "export_at": ("1.1B", "457M")},
+        {"target_params": "457M", "export_at": ("1.1B", "457M", "target")},
         {"target_shape": "hidden=1195,ffn=3006,heads=19", "export_at": ("1.1B",)},
         {"target_shape": "heads=19", "prune_axes": ("attention",)},
     ],
@@ -161,6 +165,17 @@ def test_good_against_source(values: dict[str, object]) -> None:
 def test_one_problem_each_against_source(values: dict[str, object], words: str) -> None:
     (problem,) = _source_problems(**values)
     assert words in problem
+
+
+def test_the_floor_is_what_every_run_can_reach() -> None:
+    """Where two of six query heads stay, so may two K/V heads; a budget that only one would meet is too low."""
+    source = parse_source_shape("hidden=64,ffn=64,heads=6,kv_heads=2,head_dim=64,layers=2,vocab=10,tied=1")
+    most = shape_between(source, 64, 64, 2, kv_heads="most").num_parameters()
+    assert most > shape_between(source, 64, 64, 2).num_parameters()
+    attention = {"prune_axes": ("attention",), "final_align": 128}
+    validate_against_source(_config(target_params=str(most), **attention), source)
+    with pytest.raises(ConfigError, match=f"is below the floor of {most:,} parameters"):
+        validate_against_source(_config(target_params=str(most - 1), **attention), source)
 
 
 def test_attention_window() -> None:

@@ -61,6 +61,8 @@ def test_good(values: dict[str, object]) -> None:
         ({"grow_micro_batch": True, "target_params": "1B", "prune_align": 0}, "which --prune-align 0 never does"),
         ({**SHEARED, "prune_cost": "latency"}, "drop --prune-cost latency"),
         ({**SHEARED, "prune_metric": "obc"}, "drop --prune-metric obc"),
+        ({**SHEARED, "saliency_norm": "sum"}, "drop --saliency-norm sum"),
+        ({**SHEARED, "saliency_spike": 9.0}, "drop --saliency-spike"),
         ({"grow_micro_batch": True, "target_params": "1B", "prune_metric": "diag-hessian"}, "--prune-hessian adam"),
     ],
 )

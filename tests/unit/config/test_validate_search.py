@@ -58,9 +58,16 @@ def test_right_settings_pass(values: dict[str, Any]) -> None:
         ({"target_params": "1M", "prune_cost": "flops", "saliency_norm": "sum"}, "takes the place of"),
         ({"target_params": "1M", "trajectory": ("stem", "ffn")}, "needs to know where each axis ends"),
         ({"target_shape": "ffn=3", "trajectory": ("stem", "fnn")}, "'fnn', did you mean ffn?"),
-        ({"target_shape": "ffn=3", "trajectory": ("unified", "ffn")}, "unknown 'unified'"),
-        ({"target_shape": "ffn=3", "trajectory": ("ffn", "ffn")}, "must name every axis that shrinks, once"),
+        ({"target_shape": "ffn=3", "trajectory": ("unified", "ffn")}, "mixes unified, which lets all axes shrink to"),
+        ({"target_shape": "ffn=3", "trajectory": ("unifed",)}, "'unifed', did you mean unified?"),
+        ({"target_shape": "ffn=3", "trajectory": ("hidden", "ffn")}, "'hidden': give unified, or an order of attent"),
+        ({"target_shape": "ffn=3", "trajectory": ("ffn", "ffn")}, "names ffn twice, and an axis shrinks in one go"),
+        ({"target_shape": "ffn=3", "trajectory": ()}, "--trajectory is empty: give unified, or an order of"),
         ({"replay": "runs/y/ledger.jsonl", "prune_cost": "params"}, "--prune-cost params has nothing to choose"),
+        ({"replay": "runs/y/ledger.jsonl", "prune_metric": "wanda"}, "--prune-metric wanda has nothing to choose"),
+        ({"replay": "runs/y/ledger.jsonl", "prune_hessian": "adam"}, "--prune-hessian adam has nothing to choose"),
+        ({"replay": "runs/y/ledger.jsonl", "saliency_norm": "sum"}, "--saliency-norm sum has nothing to choose"),
+        ({"replay": "runs/y/ledger.jsonl", "saliency_spike": 9.0}, "--saliency-spike 9.0 has nothing to choose"),
         ({"target_params": "1M", "saliency_ema": 1.0}, "--saliency-ema 1 is the weight"),
         ({"target_params": "1M", "saliency_ema": 0.9, "prune_metric": "random"}, "nothing to average under --prune"),
         ({"replay": "runs/y/ledger.jsonl", "saliency_ema": 0.9}, "has nothing to average under --replay"),
@@ -98,6 +105,16 @@ def test_wrong_settings_are_explained(values: dict[str, Any], problem: str) -> N
 def test_what_the_source_makes_of_them(values: dict[str, Any], source: str, problem: str) -> None:
     found = problems(values, source)
     assert any(problem in line for line in found), found
+
+
+@pytest.mark.parametrize("values", [{"sheared_iters": 9}, {"sheared_iters": 9, "target_shape": "ffn=3"}])
+def test_masks_beside_a_ledger_are_one_mistake(values: dict[str, Any]) -> None:
+    (problem,) = problems({"replay": "runs/y/ledger.jsonl", **values})
+    assert problem == "--sheared-iters 9 decides what goes: drop --replay runs/y/ledger.jsonl"
+
+
+def test_how_far_a_ledger_goes_is_not_known_from_the_settings() -> None:
+    assert problems({"replay": "runs/y/ledger.jsonl", "target_params": "1", "prune_align": 64}, GROUPED) == []
 
 
 def test_heads_that_stay_need_no_balance() -> None:

@@ -60,6 +60,14 @@ def test_exports_written_and_to_come(half_way: Path) -> None:
     assert crossed.parameters <= 1_100_000 < events[crossed.event - 2].parameters
 
 
+def test_the_export_of_the_target_is_that_of_the_last_removal(run_dir: Path) -> None:
+    (run_dir / "exports" / "target").mkdir()
+    (run_dir / "exports" / "target" / "config.json").write_text("{}")
+    run = read_run(run_dir)
+    (target,) = (export for export in run.exports if export.name == "target")
+    assert target.crossed == run.events[-1]
+
+
 class TestState:
     def test_all_steps_done(self, finished: Path) -> None:
         assert read_run(finished).state.name == "finished"

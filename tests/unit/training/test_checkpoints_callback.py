@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 
 from megatron_prune.checkpoint.manifest import Progress
 from megatron_prune.checkpoint.store import SaveError
-from megatron_prune.config.schema import Config, RunConfig
+from megatron_prune.config.schema import Config, PruneConfig, RunConfig
 from megatron_prune.training import callbacks
 from megatron_prune.training.callbacks import Checkpoints, Exports
+from megatron_prune.training.resume import resumed
 from megatron_prune.training.speed import Throughput
 
 
@@ -183,3 +184,42 @@ def test_an_export_on_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch, e
     event = Exports(any_reporter, Throughput(1, 1, None), Path("run"), {})._write(trainer, "1B", {})
     assert event["event"] == "export could not be written"
     assert "No space left" in event["why"]
+
+
+def test_the_target_is_exported_once_pruning_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(Exports, "_export", lambda self, trainer, name: written.append(name))
+    any_reporter: Any = None
+    exports = Exports(any_reporter, Throughput(1, 1, None), Path("run"), {})
+    trainer: Any = SimpleNamespace(
+        config=Config(prune=PruneConfig(target_kv_bytes="4K", export_at=("target", "1K"))),
+        progress=Progress(events=3),
+        architecture=SimpleNamespace(num_parameters=lambda: 2000),
+        removals_left=0,
+        asked_to_stop=lambda: False,
+    )
+
+    def mark_exported(name: str) -> None:
+        trainer.progress = dataclasses.replace(trainer.progress, exported=(*trainer.progress.exported, name))
+
+    trainer.mark_exported = mark_exported
+    any_record: Any = None
+    exports.at_start(trainer)
+    exports.after_removal(trainer, any_record)
+    exports.after_step(trainer, any_record)
+    assert written == []
+    trainer.progress = dataclasses.replace(trainer.progress, continue_from=7)
+    for _ in range(2):
+        exports.after_step(trainer, any_record)
+        exports.at_start(trainer)
+    assert written == ["target"]
+
+
+def test_a_target_that_is_lowered_is_exported_again() -> None:
+    saved: Any = SimpleNamespace(
+        progress=Progress(step=9, continue_from=7, exported=("1B", "target")),
+        setting=lambda topic, name: getattr(getattr(Config(), topic), name),
+        settings={"prune": dataclasses.asdict(PruneConfig())},
+    )
+    assert resumed(Config(), saved, met=True).exported == ("1B", "target")
+    assert resumed(Config(), saved, met=False).exported == ("1B",)
