@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model", type=Path, metavar="MODEL", help="run directory, or Hugging Face model directory")
     parser.add_argument("--suite", choices=SUITES, default="auto", help="what to ask (default: auto, see above)")
     parser.add_argument("--mmlu", action="store_true", help="MMLU in cloze form as well")
@@ -54,6 +56,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError("--batch-size and --limit must be 1 or more")
     _check_together(options)
     check_output("--output", options.output)
+    if options.keep_tasks is not None:
+        check_output("--keep-tasks", options.keep_tasks / "offline_next_word.yaml")
     online = prepare_environment()
     directory = model_directory(options.model)
     if directory != options.model:

@@ -25,12 +25,12 @@ from pathlib import Path
 
 from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.comparison import compare_precisions, precision_table
-from megatron_prune.deployment.quantize import Calibration, quantize_export
+from megatron_prune.deployment.quantize import Calibration, check_target, quantize_export
 from megatron_prune.deployment.texts import documents_or_held_out, token_batch, training_documents
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.cloze import make_questions, task_names
 from megatron_prune.evaluation.offline import SEED
-from megatron_prune.tool import check_output, run_tool
+from megatron_prune.tool import beside, check_output, check_output_directory, run_tool
 
 LENGTH = 256  # tokens of a sample, of text that is measured and of text that is calibrated with
 
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("model", type=Path, help="Hugging Face directory, or run directory")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: the model's directory with -int8 added")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory, or run directory")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: MODEL-int8")
     parser.add_argument("--smooth", action="store_true", help="move outliers from activations into weights first")
     parser.add_argument("--clip", action="store_true", help="cut weight rows where that brings outputs closer")
     parser.add_argument("--calibration-text", type=Path, nargs="+", default=[], metavar="FILE", help="for these two")
@@ -61,8 +61,11 @@ def _run(options: argparse.Namespace) -> None:
     if options.questions < 0:
         raise UserError(f"--questions {options.questions} must be 0 or more")
     check_output("--json", options.json)
+    if options.output is not None:
+        check_output_directory("--output", options.output)
     export = model_directory(options.model)
-    output = options.output or export.with_name(f"{export.name}-int8")
+    output = options.output or beside(export, "-int8")
+    check_target(export, output)
     documents = documents_or_held_out(options.text)
     text = token_batch(export, documents, options.tokens // LENGTH, LENGTH)
     asked = task_names() if options.questions else ()

@@ -75,17 +75,26 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32, **options: A
         options: more of what ``from_pretrained`` takes.
 
     Raises:
-        UserError: there is no such model, or its weights are damaged.
+        UserError: there is no such model, or its weights are damaged or not all there.
     """
     import transformers  # takes seconds, which reading questions should not
 
     quiet_transformers()
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).eval()
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True, **options
+        )
     except LOADING_ERRORS as error:
         raise UserError(
             f"{directory} cannot be loaded by transformers ({first_line(error)}); give a whole model directory"
         ) from error
+    model, found = loaded
+    absent = sorted(map(str, found["missing_keys"]))
+    if absent:  # transformers would leave them random
+        raise UserError(
+            f"{directory} lacks {len(absent)} tensor(s), the first '{absent[0]}'; give a whole model directory"
+        )
+    return model.eval()
 
 
 def first_line(error: BaseException) -> str:

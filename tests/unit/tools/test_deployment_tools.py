@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 PAPER = "hidden=1195,ffn=3006,heads=19,head_dim=64,layers=24,vocab=49152,tied=1"
 
@@ -18,10 +22,8 @@ def run(repo_root: Path, tool: str, *arguments: str) -> int:
 
 
 def test_quantize_compares_three_precisions(
-    repo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    repo_root: Path, tmp_path: Path, export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export = tmp_path / "export"
-    shutil.copytree(repo_root / "examples/demo/source", export)
     arguments = ["--tokens", "512", "--questions", "1", "--json", str(tmp_path / "table.json")]
     assert run(repo_root, "quantize", str(export), *arguments) == 0
     assert f"{export}-int8: W8A8, " in capsys.readouterr().out
@@ -40,6 +42,106 @@ def test_quantize_compares_three_precisions(
     ):
         assert run(repo_root, "quantize", str(export), *arguments) == 2
         assert complaint in capsys.readouterr().err
+
+
+@pytest.fixture
+def export(repo_root: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(repo_root / "examples/demo/source", tmp_path / "export"))
+
+
+@pytest.fixture
+def llama_cpp(tmp_path: Path) -> str:
+    """A converter that writes a file, whatever the model is."""
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text(
+        "import pathlib, sys\n"
+        "class TextModel:\n    get_vocab_base_pre = None\n"
+        "def main():\n    pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).touch()\n"
+    )
+    return str(tmp_path / "llama.cpp")
+
+
+def drop(export: Path) -> None:
+    (export / "model.safetensors").unlink()
+
+
+def truncate(export: Path) -> None:
+    os.truncate(export / "model.safetensors", 100_000)
+
+
+def thin_out(export: Path) -> None:
+    tensors = load_file(export / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, export / "model.safetensors", metadata={"format": "pt"})
+
+
+def call_eight_bit(export: Path) -> None:
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "torchao"}}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (drop, "has neither model.safetensors nor"),
+        (truncate, "model.safetensors is no readable safetensors file"),
+        (thin_out, "model.layers.1.mlp.down_proj.weight"),
+        (call_eight_bit, "is quantised already; give the export"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_no_whole_export(
+    spoil: Callable[[Path], None],
+    complaint: str,
+    repo_root: Path,
+    export: Path,
+    llama_cpp: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil(export)
+    before = sorted(export.parent.iterdir())
+    for tool, more in (
+        ("quantize", ["--tokens", "512", "--questions", "0"]),
+        ("export_onnx", []),
+        ("convert_to_gguf", ["--llama-cpp", llama_cpp]),
+    ):
+        assert run(repo_root, tool, str(export), *more) == 2, tool
+        (line,) = capsys.readouterr().err.splitlines()
+        assert complaint in line
+    assert [path for path in sorted(export.parent.iterdir()) if path.name != "__pycache__"] == before
+
+
+def test_outputs_of_the_current_directory_go_beside_it(
+    repo_root: Path, export: Path, llama_cpp: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = sorted(export.iterdir())
+    monkeypatch.chdir(export)
+    monkeypatch.delitem(sys.modules, "convert_hf_to_gguf", raising=False)
+    assert run(repo_root, "convert_to_gguf", ".", "--llama-cpp", llama_cpp, "--outtype", "q8_0") == 0
+    assert run(repo_root, "quantize", ".", "--tokens", "512", "--questions", "0") == 0
+    assert run(repo_root, "export_onnx", ".") == 0
+    names = {path.name for path in export.parent.iterdir()}
+    assert names == {"export", "export-q8_0.gguf", "export-int8", "export.onnx", "llama.cpp"}
+    assert sorted(export.iterdir()) == inside
+
+
+def test_where_nothing_can_be_written(
+    repo_root: Path, export: Path, llama_cpp: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (export.parent / "file").touch()
+    output = str(export.parent / "file" / "output")
+    for tool, arguments in (
+        ("quantize", [str(export), "--output", output]),
+        ("export_onnx", [str(export), "--output", output]),
+        ("convert_to_gguf", [str(export), "--llama-cpp", llama_cpp, "--output", output]),
+        ("evaluate", [str(export), "--suite", "offline", "--keep-tasks", output]),
+        ("evaluate", [str(export), "--suite", "offline", "--output", output]),
+        ("convert_to_hf", ["--load", str(export), "--save", output]),
+    ):
+        assert run(repo_root, tool, *arguments) == 2, tool
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{output}" in line
+        assert "cannot be written" in line
 
 
 def test_no_model_is_named(repo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
