@@ -12,7 +12,15 @@ import torch
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.files import short
-from megatron_prune.checkpoint.hf import ExportReport, VerifyReport, check_weights, export_verified, read_config
+from megatron_prune.checkpoint.hf import (
+    ExportReport,
+    SourceWeights,
+    VerifyReport,
+    check_weights,
+    export_verified,
+    read_architecture,
+    read_config,
+)
 from megatron_prune.checkpoint.store import CHECKPOINTS, SOURCE_DIR, Checkpoint, newest_checkpoint
 from megatron_prune.errors import UserError
 
@@ -116,8 +124,13 @@ def check_export(directory: Path) -> None:
     """See, before work begins, that a Hugging Face directory has whole weights of floating point.
 
     Raises:
-        UserError: it is 8-bit already, or weights are missing, pickled or damaged.
+        UserError: it is 8-bit already, or weights are missing, pickled, damaged or of another shape than promised.
     """
     if read_config(directory).get("quantization_config"):
         raise UserError(f"{directory} is quantised already; give the export that it was made from")
-    check_weights(directory)
+    try:
+        arch = read_architecture(directory)
+    except UserError:  # a kind that is ours to write and not to read, e.g. Seed-OSS
+        check_weights(directory)
+    else:
+        SourceWeights(directory, arch)

@@ -18,7 +18,6 @@ from typing import Any, Final
 import torch
 
 from megatron_prune.checkpoint.files import json_object
-from megatron_prune.checkpoint.hf import SourceWeights, read_architecture
 from megatron_prune.checkpoint.run_export import check_export
 from megatron_prune.errors import MegatronPruneError, UserError
 from megatron_prune.evaluation.scoring import first_line, load_causal_lm
@@ -80,8 +79,7 @@ def convert(model_dir: Path, llama_cpp: Path, output: Path, outtype: str, pre_to
         MegatronPruneError: the converter failed, as it does for a pre-tokenizer that must be named.
     """
     check_output("--output", output)
-    check_export(model_dir)
-    SourceWeights(model_dir, read_architecture(model_dir))  # the converter takes what there is, whether whole or not
+    check_export(model_dir)  # the converter takes what there is, whether whole or not
     root = next((place for place in (llama_cpp, llama_cpp / VENDORED) if (place / f"{CONVERTER}.py").is_file()), None)
     if root is None:
         raise UserError(f"--llama-cpp {llama_cpp} has no {CONVERTER}.py; give the source tree of llama.cpp")

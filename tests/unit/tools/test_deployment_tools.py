@@ -75,6 +75,11 @@ def thin_out(export: Path) -> None:
     save_file(tensors, export / "model.safetensors", metadata={"format": "pt"})
 
 
+def widen(export: Path) -> None:
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(config | {"intermediate_size": 360}))
+
+
 def call_eight_bit(export: Path) -> None:
     config = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "torchao"}}))
@@ -86,6 +91,7 @@ def call_eight_bit(export: Path) -> None:
         (drop, "has neither model.safetensors nor"),
         (truncate, "model.safetensors is no readable safetensors file"),
         (thin_out, "model.layers.1.mlp.down_proj.weight"),
+        (widen, "config.json says (360, 128)"),
         (call_eight_bit, "is quantised already; give the export"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
