@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_prune.checkpoint.hf import read_config
 from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.comparison import compare_precisions, precision_table
 from megatron_prune.deployment.quantize import Calibration, check_target, quantize_export
@@ -67,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
     output = options.output or beside(export, "-int8")
     check_target(export, output)
     documents = documents_or_held_out(options.text)
-    text = token_batch(export, documents, options.tokens // LENGTH, LENGTH)
+    text = token_batch(export, documents, options.tokens // LENGTH, LENGTH, "give more --text or fewer --tokens")
     asked = task_names() if options.questions else ()
     tasks = {task: make_questions(task, documents, options.questions, SEED) for task in asked}
     report = quantize_export(export, output, _calibration(options, export))
@@ -80,6 +81,10 @@ def _run(options: argparse.Namespace) -> None:
     print(f"{output}: W8A8, {report.num_bytes:,} bytes; measuring fp32, bf16 and int8 ...", flush=True)
     rows = compare_precisions(export, output, text, tasks, lambda name: print(f"  {name} measured", flush=True))
     print("\n".join(precision_table(rows)))
+    config = read_config(export)
+    stored = config.get("torch_dtype") or config.get("dtype") or "float32"
+    if stored != "float32":
+        print(f"{export} stores {stored}; fp32 is the same weights in twice the bytes, computed with in fp32")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
@@ -90,7 +95,8 @@ def _calibration(options: argparse.Namespace, export: Path) -> Calibration | Non
             raise UserError("--calibration-text is for --smooth and --clip; add one of them")
         return None
     documents = training_documents(options.calibration_text)
-    tokens = token_batch(export, documents, options.calibration_tokens // LENGTH, LENGTH)
+    advice = "give more --calibration-text or fewer --calibration-tokens"
+    tokens = token_batch(export, documents, options.calibration_tokens // LENGTH, LENGTH, advice)
     return Calibration(tokens, smooth=options.smooth, clip=options.clip)
 
 
