@@ -1,10 +1,11 @@
-"""What the tools have in common: how they end, and files that they write at their end."""
+"""What the tools have in common: how they end, and what they write."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
@@ -45,9 +46,55 @@ def check_output(flag: str, file: Path | None) -> None:
         return
     if file.is_dir():
         raise UserError(f"{flag} {file} is a directory; name a file in it")
+    _check_writable(flag, file, "file")
+
+
+def check_output_directory(flag: str, directory: Path) -> None:
+    """Make what a directory to come will be in, and see that something can be written there.
+
+    Args:
+        flag: that names the directory, e.g. ``--save``.
+        directory: to be written later.
+
+    Raises:
+        UserError: it is a file, or nothing can be written there.
+    """
+    if directory.is_file():
+        raise UserError(f"{flag} {directory} is a file; name a directory")
+    _check_writable(flag, directory, "directory")
+
+
+def beside(directory: Path, ending: str) -> Path:
+    """Where what is made of a directory goes by default: ``runs/demo/export`` and ``.onnx`` give
+    ``runs/demo/export.onnx``, and ``.`` the name that the directory has from outside."""
+    named = directory if directory.name not in ("", "..") else directory.resolve()
+    return named.parent / f"{named.name}{ending}"
+
+
+@contextmanager
+def written_at_once(output: Path) -> Iterator[Path]:
+    """An empty directory beside an output, to write in: what is in it afterwards takes its place beside the output,
+    and nothing does where the block fails. The output itself comes last, a directory of its name replaces an older one.
+
+    Args:
+        output: file or directory to come; the block gives the same name to what it writes.
+    """
+    parent = output.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as name:
+        scratch = Path(name)
+        yield scratch
+        for new in sorted(scratch.iterdir(), key=lambda entry: entry.name == output.name):
+            old = parent / new.name
+            if old.is_dir():
+                old.rename(scratch / f"{new.name}.replaced")
+            new.replace(old)
+
+
+def _check_writable(flag: str, path: Path, kind: str) -> None:
+    parent = path.absolute().parent
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise UserError(f"{flag} {file} cannot be written ({error.strerror or error}); give another file") from error
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror or error}); give another {kind}") from error

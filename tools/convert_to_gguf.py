@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.gguf import OUTTYPES, compare_greedy, convert
 from megatron_prune.errors import EXIT_FAILURE, UserError
-from megatron_prune.tool import check_output, run_tool
+from megatron_prune.tool import beside, check_output, run_tool
 
 PROMPTS = ("def read_lines(path):\n    ", "import os\nimport sys\n\nclass ", "The quick brown fox")
 
@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("model", type=Path, help="Hugging Face directory, or run directory")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory, or run directory")
     parser.add_argument("--llama-cpp", type=Path, required=True, metavar="DIR", help="its source tree")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: model-TYPE.gguf in the model's directory")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: MODEL-TYPE.gguf")
     parser.add_argument("--outtype", choices=OUTTYPES, default="f16")
     parser.add_argument("--pre-tokenizer", metavar="NAME", help="llama.cpp's name of it; default: from tokenizer.json")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="compare N greedy tokens a prompt")
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.check < 0:
         raise UserError(f"--check {options.check} must be 0 or more")
+    check_output("--output", options.output)
     directory = model_directory(options.model)
-    output = options.output or directory / f"model-{options.outtype}.gguf"
-    check_output("--output", output)
+    output = options.output or beside(directory, f"-{options.outtype}.gguf")
     named = convert(directory, options.llama_cpp, output, options.outtype, options.pre_tokenizer)
     print(f"{output}: {options.outtype}, pre-tokenizer {named}")
     if not options.check:

@@ -27,14 +27,16 @@ from megatron_prune.checkpoint.store import Checkpoint, newest_checkpoint
 from megatron_prune.config.values import parse_source_shape
 from megatron_prune.deployment.runtimes import check_targets, report, runtime_names
 from megatron_prune.errors import UserError
-from megatron_prune.tool import run_tool
+from megatron_prune.tool import check_output_directory, run_tool
 
 BYTES_PER_GB = 10**9
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export; returns the exit code: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--load", type=Path, metavar="RUN", help="run directory (what --save was)")
     parser.add_argument("--save", type=Path, metavar="DIR", help="where the model goes")
     parser.add_argument("--check-targets", metavar="NAME,...", help=f"of {', '.join(runtime_names())}")
@@ -55,6 +57,8 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"--save {options.save} has nothing to write: --shape is no run; drop one of them")
     if options.save is None and not checked:
         raise UserError("--save is missing; give the directory that the model goes to")
+    if options.save is not None:
+        check_output_directory("--save", options.save)
     if checked:
         arch = parse_source_shape(options.shape) if options.shape else _architecture(options.load)
         print("\n".join(report(check_targets(arch, options.check_targets.split(",")))))

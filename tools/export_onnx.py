@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write an export as ONNX and compare it with transformers in onnxruntime.
 
-    python tools/export_onnx.py runs/demo/export               # writes runs/demo/export/model.onnx
+    python tools/export_onnx.py runs/demo/export               # writes runs/demo/export.onnx
     python tools/export_onnx.py runs/457m --output 457m.onnx
 
 Takes a Hugging Face directory or a run directory, whose newest checkpoint is exported first. The file maps input_ids
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.onnx_export import export_onnx
-from megatron_prune.tool import check_output, run_tool
+from megatron_prune.tool import beside, check_output, run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,17 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("model", type=Path, help="Hugging Face directory, or run directory")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: model.onnx in the model's directory")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory, or run directory")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: MODEL.onnx")
     options = parser.parse_args(argv)
     return run_tool(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_output("--output", options.output)
     directory = model_directory(options.model)
-    output = options.output or directory / "model.onnx"
-    check_output("--output", output)
-    report = export_onnx(directory, output)
+    report = export_onnx(directory, options.output or beside(directory, ".onnx"))
     print(
         f"{report.file}: the most likely token is equal at all {report.positions} positions in onnxruntime, logits "
         f"within {report.max_abs_logit_difference:.1e} of transformers'"

@@ -23,14 +23,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_prune.checkpoint.hf import read_config
 from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.comparison import compare_precisions, precision_table
-from megatron_prune.deployment.quantize import Calibration, quantize_export
+from megatron_prune.deployment.quantize import Calibration, check_target, quantize_export
 from megatron_prune.deployment.texts import documents_or_held_out, token_batch, training_documents
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.cloze import make_questions, task_names
 from megatron_prune.evaluation.offline import SEED
-from megatron_prune.tool import check_output, run_tool
+from megatron_prune.tool import beside, check_output, check_output_directory, run_tool
 
 LENGTH = 256  # tokens of a sample, of text that is measured and of text that is calibrated with
 
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("model", type=Path, help="Hugging Face directory, or run directory")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: the model's directory with -int8 added")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory, or run directory")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: MODEL-int8")
     parser.add_argument("--smooth", action="store_true", help="move outliers from activations into weights first")
     parser.add_argument("--clip", action="store_true", help="cut weight rows where that brings outputs closer")
     parser.add_argument("--calibration-text", type=Path, nargs="+", default=[], metavar="FILE", help="for these two")
@@ -61,10 +62,13 @@ def _run(options: argparse.Namespace) -> None:
     if options.questions < 0:
         raise UserError(f"--questions {options.questions} must be 0 or more")
     check_output("--json", options.json)
+    if options.output is not None:
+        check_output_directory("--output", options.output)
     export = model_directory(options.model)
-    output = options.output or export.with_name(f"{export.name}-int8")
+    output = options.output or beside(export, "-int8")
+    check_target(export, output)
     documents = documents_or_held_out(options.text)
-    text = token_batch(export, documents, options.tokens // LENGTH, LENGTH)
+    text = token_batch(export, documents, options.tokens // LENGTH, LENGTH, "give more --text or fewer --tokens")
     asked = task_names() if options.questions else ()
     tasks = {task: make_questions(task, documents, options.questions, SEED) for task in asked}
     report = quantize_export(export, output, _calibration(options, export))
@@ -77,6 +81,10 @@ def _run(options: argparse.Namespace) -> None:
     print(f"{output}: W8A8, {report.num_bytes:,} bytes; measuring fp32, bf16 and int8 ...", flush=True)
     rows = compare_precisions(export, output, text, tasks, lambda name: print(f"  {name} measured", flush=True))
     print("\n".join(precision_table(rows)))
+    config = read_config(export)
+    stored = config.get("torch_dtype") or config.get("dtype") or "float32"
+    if stored != "float32":
+        print(f"{export} stores {stored}; fp32 is the same weights in twice the bytes, computed with in fp32")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
@@ -87,7 +95,8 @@ def _calibration(options: argparse.Namespace, export: Path) -> Calibration | Non
             raise UserError("--calibration-text is for --smooth and --clip; add one of them")
         return None
     documents = training_documents(options.calibration_text)
-    tokens = token_batch(export, documents, options.calibration_tokens // LENGTH, LENGTH)
+    advice = "give more --calibration-text or fewer --calibration-tokens"
+    tokens = token_batch(export, documents, options.calibration_tokens // LENGTH, LENGTH, advice)
     return Calibration(tokens, smooth=options.smooth, clip=options.clip)
 
 

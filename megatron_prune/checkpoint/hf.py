@@ -14,6 +14,7 @@ from megatron_prune.checkpoint.hf_export import (
 )
 from megatron_prune.checkpoint.hf_source import (
     SourceWeights,
+    check_weights,
     has_weights,
     read_architecture,
     read_config,
@@ -26,6 +27,7 @@ __all__ = [
     "TensorSource",
     "VerifyReport",
     "architecture_from_hf",
+    "check_weights",
     "copy_companions",
     "export_hf",
     "export_model_type",

@@ -98,6 +98,15 @@ def has_weights(path: Path) -> bool:
     return bool(_safetensors_files(path) or _pickle_files(path))
 
 
+def check_weights(path: Path) -> None:
+    """See that a model directory's weights files are all there and whole, by their headings and sizes.
+
+    Raises:
+        UserError: there are none, or pickled, incomplete or damaged ones.
+    """
+    _tensor_files(path)
+
+
 class SourceWeights:
     """Weights of a local model directory, checked at once and read one tensor at a time.
 

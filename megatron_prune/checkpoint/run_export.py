@@ -12,7 +12,15 @@ import torch
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.files import short
-from megatron_prune.checkpoint.hf import ExportReport, VerifyReport, export_verified, read_config
+from megatron_prune.checkpoint.hf import (
+    ExportReport,
+    SourceWeights,
+    VerifyReport,
+    check_weights,
+    export_verified,
+    read_architecture,
+    read_config,
+)
 from megatron_prune.checkpoint.store import CHECKPOINTS, SOURCE_DIR, Checkpoint, newest_checkpoint
 from megatron_prune.errors import UserError
 
@@ -102,5 +110,27 @@ def model_directory(path: Path) -> Path:
         raise UserError(f"{path} holds no complete checkpoint yet; wait for one, or give an export")
     directory = path / "exports" / newest.name
     if not directory.exists():  # exports are complete or not there
-        export_run(path, directory)
+        try:
+            export_run(path, directory)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"{directory} cannot be written ({reason}); export elsewhere with tools/convert_to_hf.py --save"
+            ) from error
     return directory
+
+
+def check_export(directory: Path) -> None:
+    """See, before work begins, that a Hugging Face directory has whole weights of floating point.
+
+    Raises:
+        UserError: it is 8-bit already, or weights are missing, pickled, damaged or of another shape than promised.
+    """
+    if read_config(directory).get("quantization_config"):
+        raise UserError(f"{directory} is quantised already; give the export that it was made from")
+    try:
+        arch = read_architecture(directory)
+    except UserError:  # a kind that is ours to write and not to read, e.g. Seed-OSS
+        check_weights(directory)
+    else:
+        SourceWeights(directory, arch)

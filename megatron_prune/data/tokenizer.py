@@ -149,7 +149,7 @@ def _load_hugging_face(path: str) -> Tokenizer:
         loaded: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"unknown tokenizer {path}: transformers finds none there ({_first_line(error)}); check --tokenizer"
+            f"unknown tokenizer {path}: transformers finds none there ({_first_line(error)}); give a directory with one"
         ) from error
     vocabulary = loaded.get_vocab()
     eod = _find_eod(path, loaded.eos_token_id, vocabulary.get)

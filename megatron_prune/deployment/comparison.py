@@ -81,7 +81,7 @@ def compare_precisions(
 def precision_table(rows: Sequence[Precision]) -> list[str]:
     """The rows under a heading, with ratios to the first (fp32) and to the second (bf16) where they are asked about."""
     first, second = rows[0], rows[1]
-    heading = ("precision", "bytes", "of fp32", "perplexity", "to bf16", "accuracy", "ms/token", "fp32 is")
+    heading = ("precision", "bytes", "of fp32", "perplexity", "to bf16", "accuracy", "ms/token", "of fp32")
     cells = [
         (
             row.name,
@@ -91,7 +91,7 @@ def precision_table(rows: Sequence[Precision]) -> list[str]:
             f"{row.perplexity / second.perplexity - 1:+.2%}",
             "-" if row.accuracy is None else f"{row.accuracy:.1%}",
             f"{row.decode_ms:.3f}",
-            _faster(first.decode_ms, row.decode_ms),
+            f"{row.decode_ms / first.decode_ms:.2f}",
         )
         for row in rows
     ]
@@ -112,8 +112,3 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 def _accuracy(model: Any, tokenizer: Any, tasks: Mapping[str, Sequence[Question]]) -> float | None:
     scores = [score_questions(model, tokenizer, questions).acc for questions in tasks.values()]
     return sum(scores) / len(scores) if scores else None
-
-
-def _faster(first: float, other: float) -> str:
-    """How the first compares in speed."""
-    return f"{other / first:.1f}x faster" if other > first else f"{first / other:.1f}x slower" if other < first else "-"

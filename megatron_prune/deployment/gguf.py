@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,11 @@ from typing import Any, Final
 
 import torch
 
+from megatron_prune.checkpoint.files import json_object
+from megatron_prune.checkpoint.run_export import check_export
 from megatron_prune.errors import MegatronPruneError, UserError
+from megatron_prune.evaluation.scoring import first_line, load_causal_lm
+from megatron_prune.tool import check_output, written_at_once
 
 CONVERTER: Final = "convert_hf_to_gguf"
 OUTTYPES: Final = ("f32", "f16", "bf16", "q8_0")
@@ -58,7 +61,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
 
 
 def convert(model_dir: Path, llama_cpp: Path, output: Path, outtype: str, pre_tokenizer: str | None) -> str:
-    """Write a GGUF file.
+    """Write a GGUF file, complete or not at all.
 
     Args:
         model_dir: Hugging Face directory.
@@ -71,14 +74,17 @@ def convert(model_dir: Path, llama_cpp: Path, output: Path, outtype: str, pre_to
         The pre-tokenizer's name that was written, or ``recognised by the converter``.
 
     Raises:
-        UserError: no converter there, a package it needs is missing, or a pre-tokenizer that must be named.
-        MegatronPruneError: the converter failed.
+        UserError: the model is 8-bit, incomplete or without a readable tokenizer; no converter there, or a package it
+            needs is missing; the output cannot be written.
+        MegatronPruneError: the converter failed, as it does for a pre-tokenizer that must be named.
     """
+    check_output("--output", output)
+    check_export(model_dir)  # the converter takes what there is, whether whole or not
     root = next((place for place in (llama_cpp, llama_cpp / VENDORED) if (place / f"{CONVERTER}.py").is_file()), None)
     if root is None:
         raise UserError(f"--llama-cpp {llama_cpp} has no {CONVERTER}.py; give the source tree of llama.cpp")
     named = pre_tokenizer or _named(model_dir)
-    with _importable(root):
+    with _importable(root), written_at_once(output) as scratch:
         try:
             converter = importlib.import_module(CONVERTER)
         except ImportError as error:
@@ -87,15 +93,19 @@ def convert(model_dir: Path, llama_cpp: Path, output: Path, outtype: str, pre_to
         try:
             if named is not None:
                 converter.TextModel.get_vocab_base_pre = lambda model, tokenizer: named
-            sys.argv = [CONVERTER, str(model_dir), "--outfile", str(output), "--outtype", outtype]
+            sys.argv = [CONVERTER, str(model_dir), "--outfile", str(scratch / output.name), "--outtype", outtype]
             converter.main()
-        except (SystemExit, NotImplementedError) as error:
+        except (SystemExit, Exception) as error:  # another program's main(): it may raise anything
             raise MegatronPruneError(
-                f"llama.cpp's converter gave up on {model_dir} ({error or 'see above'}); for a tokenizer it does not "
+                f"llama.cpp's converter gave up on {model_dir} ({first_line(error)}); for a tokenizer it does not "
                 "know give --pre-tokenizer"
             ) from error
         finally:
             converter.TextModel.get_vocab_base_pre = recognise
+        if not (scratch / output.name).is_file():
+            raise MegatronPruneError(
+                f"llama.cpp's converter has written no {output.name}; is {root} a whole source tree?"
+            )
     return named or "recognised by the converter"
 
 
@@ -115,7 +125,6 @@ def compare_greedy(model_dir: Path, gguf: Path, prompts: Sequence[str], count: i
         import llama_cpp
     except ImportError as error:
         raise UserError(f"--check needs llama-cpp-python ({error}); see docs/deploy.md for building it") from error
-    from megatron_prune.evaluation.scoring import load_causal_lm
 
     model, tokenizer = load_causal_lm(model_dir, torch.float32)
     for prompt in prompts:
@@ -189,8 +198,20 @@ def _greedy(model: Any, tokens: Sequence[int], count: int) -> list[int]:
 
 
 def _named(model_dir: Path) -> str | None:
+    """llama.cpp's name of a directory's pre-tokenizer, if it has one; a sentencepiece model needs none.
+
+    Raises:
+        UserError: no tokenizer, or none that can be read.
+    """
     file = model_dir / "tokenizer.json"
-    return pre_tokenizer_name(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    if not file.is_file():
+        if not (model_dir / "tokenizer.model").is_file():
+            raise UserError(f"{model_dir} has no tokenizer.json, which a GGUF file holds; give a whole export")
+        return None
+    try:
+        return pre_tokenizer_name(json_object(file.read_bytes()))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{file} is no tokenizer ({first_line(error)}); give a whole export") from error
 
 
 def _is_byte_level(step: Mapping[str, Any]) -> bool:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import warnings
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from megatron_prune.checkpoint.run_export import check_export
 from megatron_prune.errors import MegatronPruneError, UserError
 from megatron_prune.evaluation.scoring import load_model
+from megatron_prune.tool import check_output, written_at_once
 
 INSTALL: Final = "pip install onnx onnxscript onnxruntime"
 #: Batch and length that logits are compared at; neither is the exporter's example.
@@ -48,7 +52,7 @@ class _Logits(nn.Module):
 
 def export_onnx(model_dir: Path, file: Path) -> OnnxReport:
     """Write ``input_ids [batch, length] -> logits [batch, length, vocabulary]`` in fp32, both dimensions free, no
-    KV cache, and compare it.
+    KV cache, and compare it. Only a file that compares well takes its place.
 
     Args:
         model_dir: Hugging Face directory.
@@ -58,7 +62,7 @@ def export_onnx(model_dir: Path, file: Path) -> OnnxReport:
         What the comparison found.
 
     Raises:
-        UserError: a package is missing, or the directory is no model.
+        UserError: a package is missing, the directory is no whole model or 8-bit, or the file cannot be written.
         MegatronPruneError: onnxruntime's most likely token differs anywhere.
     """
     try:
@@ -66,24 +70,29 @@ def export_onnx(model_dir: Path, file: Path) -> OnnxReport:
         import onnxscript  # noqa: F401  # torch's exporter asks for it late, and less clearly
     except ImportError as error:
         raise UserError(f"ONNX needs a package that cannot be imported ({error}); run: {INSTALL}") from error
+    check_output("--output", file)
+    check_export(model_dir)
     # Eager attention is plain products, which export to plain operators.
     model = load_model(model_dir, torch.float32, attn_implementation="eager")
     longest = model.config.max_position_embeddings
     dynamic = {"input_ids": {0: torch.export.Dim("batch", max=_MAX_BATCH), 1: torch.export.Dim("length", max=longest)}}
     wrapped, example = _Logits(model).eval(), torch.zeros(_EXAMPLE, dtype=torch.long)
-    program: Any = torch.onnx.export(
-        wrapped,
-        (example,),
-        dynamo=True,
-        dynamic_shapes=dynamic,
-        input_names=["input_ids"],
-        output_names=["logits"],
-        verbose=False,
-    )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    program.save(str(file))
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return _compared(file, wrapped, session, model.config.vocab_size)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about torch
+        program: Any = torch.onnx.export(
+            wrapped,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=dynamic,
+            input_names=["input_ids"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    with written_at_once(file) as scratch:
+        program.save(str(scratch / file.name))  # the name matters: the file names another beside it for large weights
+        session = onnxruntime.InferenceSession(str(scratch / file.name), providers=["CPUExecutionProvider"])
+        return _compared(file, wrapped, session, model.config.vocab_size)
 
 
 @torch.inference_mode()

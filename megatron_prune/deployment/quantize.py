@@ -11,9 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,10 +21,12 @@ from torch import Tensor
 
 from megatron_prune.checkpoint.hf import copy_companions
 from megatron_prune.checkpoint.hf_quiet import quiet_transformers
-from megatron_prune.checkpoint.hf_source import CONFIG_FILE, WEIGHTS_FILE
+from megatron_prune.checkpoint.hf_source import WEIGHTS_FILE
+from megatron_prune.checkpoint.run_export import check_export
 from megatron_prune.deployment.smoothing import Smoothed, clip, smooth
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.scoring import load_model
+from megatron_prune.tool import check_output_directory, written_at_once
 
 REPORT_FILE: Final = "quantization.json"
 HEAD: Final = "lm_head"
@@ -80,11 +79,10 @@ def quantize_export(export: Path, output: Path, calibration: Calibration | None)
         UserError: torchao is missing, the export is quantised already or no model, or the output is something else.
     """
     config = int8_config()
-    _check_replaceable(output)
-    if _is_quantized(export):
-        raise UserError(f"{export} is quantised already; give the export that it was made from")
+    check_target(export, output)
+    output = output.resolve()
     smoothed, clipped, source = None, None, export
-    with _scratch(output) as scratch:
+    with written_at_once(output) as scratch:
         if calibration is not None:
             source = scratch / "calibrated"
             model = load_model(export)
@@ -93,7 +91,9 @@ def quantize_export(export: Path, output: Path, calibration: Calibration | None)
             model.save_pretrained(source)
             del model
         quantized = load_model(source, quantization_config=config)
-        final = scratch / "final"
+        if source != export:
+            shutil.rmtree(source)
+        final = scratch / output.name
         # One file: torchao finds a tensor's parts by name only within a file.
         quantized.save_pretrained(final, max_shard_size=2**62)
         if quantized.config.tie_word_embeddings:
@@ -101,10 +101,18 @@ def quantize_export(export: Path, output: Path, calibration: Calibration | None)
         copy_companions(export, final)
         report = {"scheme": "W8A8", "smooth": smoothed is not None, "clip": clipped is not None}
         (final / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        final.rename(output)
     return QuantizeReport(output, (output / WEIGHTS_FILE).stat().st_size, smoothed, clipped)
+
+
+def check_target(export: Path, output: Path) -> None:
+    """See, before work begins, that an export can be quantised to a directory.
+
+    Raises:
+        UserError: the export is 8-bit already or not whole, the output something else or not to be written.
+    """
+    check_output_directory("--output", output)
+    _check_replaceable(output)
+    check_export(export)
 
 
 def int8_config() -> Any:
@@ -142,25 +150,9 @@ def _drop_copies(file: Path) -> None:
     save_file(kept, file, metadata=metadata)
 
 
-def _is_quantized(directory: Path) -> bool:
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} has no readable {CONFIG_FILE} ({error}); give an exported directory") from error
-    return bool(config.get("quantization_config"))
-
-
 def _check_replaceable(directory: Path) -> None:
     if not directory.exists():
         return
     if directory.is_dir() and (not any(directory.iterdir()) or (directory / REPORT_FILE).is_file()):
         return
     raise UserError(f"--output {directory} exists and is no earlier result of quantising; choose another or remove it")
-
-
-@contextmanager
-def _scratch(output: Path) -> Iterator[Path]:
-    """A directory beside the output, on the same disk, gone afterwards."""
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as name:
-        yield Path(name)

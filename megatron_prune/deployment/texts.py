@@ -29,7 +29,9 @@ def training_documents(files: Sequence[Path]) -> Iterable[str]:
     return map(_read, files or stdlib_files())
 
 
-def token_batch(model_dir: Path, documents: Iterable[str], samples: int, length: int) -> Tensor:
+def token_batch(
+    model_dir: Path, documents: Iterable[str], samples: int, length: int, advice: str = "give more text"
+) -> Tensor:
     """Tokens of documents, packed as in training, a document's end marked.
 
     Args:
@@ -37,12 +39,13 @@ def token_batch(model_dir: Path, documents: Iterable[str], samples: int, length:
         documents: texts; no more are read than are needed.
         samples: rows.
         length: tokens of a row.
+        advice: what to do where the text is too short.
 
     Returns:
         int64 ``[samples, length]``.
 
     Raises:
-        UserError: the documents are too short.
+        UserError: the documents are too short, or there is no tokenizer.
     """
     tokenizer = load_tokenizer(str(model_dir))
     tokens: list[int] = []
@@ -50,9 +53,7 @@ def token_batch(model_dir: Path, documents: Iterable[str], samples: int, length:
         tokens += [*tokenizer.encode(text), tokenizer.eod_id]
         if len(tokens) >= samples * length:
             return torch.tensor(tokens[: samples * length]).view(samples, length)
-    raise UserError(
-        f"the text has {len(tokens)} tokens, {samples * length} are needed; give more text or fewer --tokens"
-    )
+    raise UserError(f"the text has {len(tokens)} tokens, {samples * length} are needed; {advice}")
 
 
 def _read(file: Path) -> str:

@@ -32,6 +32,7 @@ ENDING_CHARS: Final = (12, 48)
 LENGTH_FACTOR: Final = 1.25
 #: Places looked at for each question that is asked for.
 _TRIES: Final = 60
+_PARTS: Final = 8  # of a document that has no others beside it
 _NAME: Final = re.compile(r"[A-Za-z_]\w{2,}")
 _WORD: Final = re.compile(r"(?<=\S) [A-Za-z_]\w{2,}")
 
@@ -88,7 +89,8 @@ def make_questions(task: str, documents: Sequence[str], count: int, seed: int) -
 
     Args:
         task: a name from :func:`task_names`.
-        documents: texts that the model was not trained on; their order matters.
+        documents: texts that the model was not trained on; their order matters. Wrong choices come from others than
+            the right one, or from other parts of it where it is the only one.
         count: how many, at least 1.
         seed: which ones.
 
@@ -101,8 +103,10 @@ def make_questions(task: str, documents: Sequence[str], count: int, seed: int) -
     if task not in _MAKERS:
         raise UserError(f"unknown cloze task {task!r}; there are {', '.join(task_names())}")
     split = tuple(lines for text in documents if (lines := tuple(line.rstrip() for line in text.splitlines())))
+    if len(split) == 1:
+        split = _parts(split[0])
     if len(split) < 2:
-        raise UserError(f"cloze task {task} needs 2 documents or more, not {len(split)}: others give wrong choices")
+        raise UserError(f"cloze task {task} needs more text than a line: other parts of it give wrong choices")
     corpus, draw = _Corpus(split), random.Random(f"{task} {seed}")
     found: dict[tuple[str, frozenset[str]], Question] = {}
     for _ in range(count * _TRIES):
@@ -115,6 +119,12 @@ def make_questions(task: str, documents: Sequence[str], count: int, seed: int) -
         f"cloze task {task}: {len(split)} documents yield {len(found)} of {count} questions; give more text or ask for "
         "fewer"
     )
+
+
+def _parts(lines: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """A document cut into a few of equal length."""
+    size = -(-len(lines) // _PARTS)
+    return tuple(lines[start : start + size] for start in range(0, len(lines), size))
 
 
 def task_names() -> tuple[str, ...]:

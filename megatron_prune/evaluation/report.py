@@ -10,6 +10,7 @@ from megatron_prune.evaluation.published import COLUMNS, COMMON_SENSE, MMLU, pub
 
 AVERAGE: Final = "Avg."
 _NAME_WIDTH: Final = 26
+_SHARES: Final = ("acc", "exact_match", "f1")  # how names of measures begin that are fractions of one
 
 
 def paper_row(scores: Scores) -> dict[str, float]:
@@ -28,10 +29,22 @@ def paper_row(scores: Scores) -> dict[str, float]:
     return row
 
 
-def plain_row(scores: Scores) -> dict[str, float]:
-    """Percent of ``acc`` by task and their average, for tasks that are not the paper's."""
-    row = {name: 100 * values["acc"] for name, values in scores.tasks.items() if "acc" in values}
-    return row | ({AVERAGE: sum(row.values()) / len(row)} if row else {})
+def plain_rows(scores: Scores, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """For tasks that are not the paper's: every measure by name, each by task with its average over the tasks that
+    have it. Shares of right answers are in percent, other measures as lm-eval gives them."""
+    found = {task: scores.tasks[task] for task in tasks}
+    measures = dict.fromkeys(name for values in found.values() for name in values if "_stderr" not in name)
+    rows = {}
+    for measure in measures:
+        factor = 100 if measure.startswith(_SHARES) else 1
+        row = {task: factor * values[measure] for task, values in found.items() if measure in values}
+        rows[measure] = row | {AVERAGE: sum(row.values()) / len(row)}
+    return rows
+
+
+def plain_table(name: str, rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> list[str]:
+    """A line for each measure, under the names of the tasks."""
+    return table([(f"{name} {measure}", row) for measure, row in rows.items()], (*tasks, AVERAGE))
 
 
 def paper_table(name: str, row: Mapping[str, float], parameters: int) -> list[str]:
@@ -50,7 +63,7 @@ def paper_table(name: str, row: Mapping[str, float], parameters: int) -> list[st
 def table(rows: Sequence[tuple[str, Mapping[str, float]]], columns: Sequence[str]) -> list[str]:
     """Aligned lines: a heading, a rule, the rows; a dash where there is no number."""
     cells = [("model", *columns), *((name, *(_percent(row.get(column)) for column in columns)) for name, row in rows)]
-    first = max(_NAME_WIDTH, *(len(name) for name, _ in rows))
+    first = max([_NAME_WIDTH, *(len(name) for name, _ in rows)])
     widths = [max(len(column), len("00.00")) + 2 for column in columns]
     lines = [
         name.ljust(first) + "".join(cell.rjust(width) for cell, width in zip(numbers, widths, strict=True))

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +22,8 @@ from megatron_prune.evaluation.cloze import Question
 
 #: For a model whose config does not say how long a sequence it takes.
 DEFAULT_MAX_LENGTH: Final = 2048
-#: What transformers raises for a directory that is no model, or a damaged one.
-LOADING_ERRORS: Final = (OSError, ValueError, KeyError, SafetensorError)
+#: What transformers raises for a directory that is no model, or a damaged one, or one that a missing package wrote.
+LOADING_ERRORS: Final = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ClozeScore:
         return _stderr(self.acc_norm, self.num_questions)
 
 
-def load_causal_lm(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_causal_lm(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> tuple[Any, Any]:
     """A model directory's model, ready to evaluate, and its tokenizer, by transformers' own Auto classes.
 
     Raises:
@@ -66,26 +66,33 @@ def load_causal_lm(directory: Path, dtype: torch.dtype = torch.float32) -> tuple
         raise UserError(f"{directory} has no tokenizer ({first_line(error)}); give an exported directory") from error
 
 
-def load_model(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.float32, **options: Any) -> Any:
     """A model directory's model, ready to evaluate, by transformers' own Auto class.
 
     Args:
         directory: of config and weights.
-        dtype: of the weights in memory.
+        dtype: of the weights in memory; ``auto`` is what the directory says.
         options: more of what ``from_pretrained`` takes.
 
     Raises:
-        UserError: there is no such model, or its weights are damaged.
+        UserError: there is no such model, or its weights are damaged or not all there.
     """
     import transformers  # takes seconds, which reading questions should not
 
     quiet_transformers()
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).eval()
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True, **options
+        )
     except LOADING_ERRORS as error:
         raise UserError(
             f"{directory} cannot be loaded by transformers ({first_line(error)}); give a whole model directory"
         ) from error
+    model, found = loaded
+    absent = sorted(map(str, found["missing_keys"]))
+    if absent:  # transformers would leave them random
+        raise UserError(f"{directory} lacks {len(absent)} tensor(s), the first {absent[0]}; give a whole directory")
+    return model.eval()
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.errors import MegatronPruneError, UserError
-from megatron_prune.tool import check_output, run_tool
+from megatron_prune.tool import beside, check_output, check_output_directory, run_tool, written_at_once
 
 
 def test_what_cannot_be_written_is_told_beforehand(tmp_path: Path) -> None:
@@ -16,12 +16,44 @@ def test_what_cannot_be_written_is_told_beforehand(tmp_path: Path) -> None:
         check_output("--json", tmp_path)
     with pytest.raises(UserError, match="--json .* cannot be written"):
         check_output("--json", tmp_path / "file" / "x.json")
+    with pytest.raises(UserError, match="--save .* is a file"):
+        check_output_directory("--save", tmp_path / "file")
+    with pytest.raises(UserError, match="--save .* cannot be written"):
+        check_output_directory("--save", tmp_path / "file" / "export")
 
 
 def test_directories_are_made_and_nothing_else(tmp_path: Path) -> None:
     check_output("--json", None)
     check_output("--json", tmp_path / "new" / "x.json")
+    check_output_directory("--save", tmp_path / "new" / "export")
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_where_a_result_goes_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "1.1B").mkdir()
+    monkeypatch.chdir(tmp_path / "1.1B")
+    assert beside(Path("runs/export"), ".onnx") == Path("runs/export.onnx")
+    assert beside(Path("."), "-int8") == tmp_path / "1.1B-int8"
+    assert beside(Path("../1.1B/.."), "-int8") == tmp_path.with_name(f"{tmp_path.name}-int8")
+
+
+def test_an_output_is_there_at_once_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").touch()
+
+    def write(fails: bool) -> None:
+        with written_at_once(target) as scratch:
+            (scratch / "model").mkdir()
+            (scratch / "model" / "new").touch()
+            (scratch / "model.data").touch()
+            assert not fails
+
+    with pytest.raises(AssertionError):
+        write(fails=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]
+    write(fails=False)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "model.data", "new"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,6 +27,11 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 @pytest.fixture
+def model(tmp_path: Path, repo_root: Path) -> Path:
+    return Path(shutil.copytree(repo_root / "examples/demo/source", tmp_path / "export"))
+
+
+@pytest.fixture
 def source(tmp_path: Path) -> Path:
     root = tmp_path / "llama_cpp_python" / "vendor" / "llama.cpp"
     root.mkdir(parents=True)
@@ -38,10 +44,7 @@ def _forget_converter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "convert_hf_to_gguf", raising=False)
 
 
-def test_the_pre_tokenizer_is_named(source: Path, tmp_path: Path) -> None:
-    model = tmp_path / "export"
-    model.mkdir()
-    (model / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": BYTE_LEVEL}))
+def test_the_pre_tokenizer_is_named(source: Path, model: Path, tmp_path: Path) -> None:
     arguments = list(sys.argv)
     assert convert(model, source, tmp_path / "a.gguf", "f16", None) == "gpt-2"
     assert json.loads((tmp_path / "a.gguf").read_text()) == ["gpt-2", str(model), "--outtype", "f16"]
@@ -51,12 +54,35 @@ def test_the_pre_tokenizer_is_named(source: Path, tmp_path: Path) -> None:
     assert str(source) not in "".join(sys.path)
 
 
-def test_an_unknown_pre_tokenizer_must_be_named(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": {"type": "Whitespace"}}))
+def test_an_unknown_pre_tokenizer_must_be_named(source: Path, model: Path, tmp_path: Path) -> None:
+    (model / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": {"type": "Whitespace"}}))
     with pytest.raises(MegatronPruneError, match="give --pre-tokenizer"):
-        convert(tmp_path, source, tmp_path / "a.gguf", "f16", None)
+        convert(model, source, tmp_path / "a.gguf", "f16", None)
     with pytest.raises(UserError, match=r"has no convert_hf_to_gguf.py"):
-        convert(tmp_path, tmp_path, tmp_path / "a.gguf", "f16", None)
+        convert(model, tmp_path, tmp_path / "a.gguf", "f16", None)
+
+
+@pytest.mark.parametrize("last", ["raise AssertionError('no such tensor')", "sys.exit(1)", "file.unlink()"])
+def test_a_converter_that_fails_leaves_nothing(source: Path, model: Path, tmp_path: Path, last: str) -> None:
+    """Neither half a file, nor less than there was before."""
+    (source / "vendor/llama.cpp/convert_hf_to_gguf.py").write_text(f"{CONVERTER}    {last}\n")
+    (tmp_path / "old.gguf").write_text("whole")
+    before = sorted(tmp_path.iterdir())
+    for name in ("new.gguf", "old.gguf"):
+        with pytest.raises(MegatronPruneError, match=r"gave up on .*|has written no (new|old).gguf"):
+            convert(model, source, tmp_path / name, "f16", None)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "old.gguf").read_text() == "whole"
+
+
+@pytest.mark.parametrize("content", [None, "", '{"a": ', "[]", '{"pre_tokenizer": ["ByteLevel"]}'])
+def test_a_tokenizer_that_is_none(source: Path, model: Path, tmp_path: Path, content: str | None) -> None:
+    (model / "tokenizer.json").unlink()
+    if content is not None:
+        (model / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"has no tokenizer.json|tokenizer.json is no tokenizer"):
+        convert(model, source, tmp_path / "a.gguf", "f16", None)
+    assert not (tmp_path / "a.gguf").exists()
 
 
 def test_names_of_pre_tokenizers() -> None:

@@ -54,5 +54,5 @@ def test_parity(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be loaded by transformers"):
+    with pytest.raises(UserError, match="has no config.json"):
         export_onnx(tmp_path, tmp_path / "model.onnx")

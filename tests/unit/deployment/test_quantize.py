@@ -11,9 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_prune.deployment import quantize
 from megatron_prune.deployment.quantize import Calibration, model_bytes, quantize_export
 from megatron_prune.deployment.smoothing import CLIPS, _best_clips, clip, fold, rounded, sites, smooth
 from megatron_prune.errors import UserError
+from megatron_prune.evaluation.scoring import load_model
 
 VOCAB = 256
 
@@ -65,15 +67,30 @@ def quantized(export: Path) -> Path:
     return quantize_export(export, export.with_name("int8"), None).directory
 
 
-def test_a_quantised_model_loads_again_the_same(export: Path, quantized: Path) -> None:
+@pytest.mark.parametrize("calibration", [None, Calibration(tokens(8), smooth=True, clip=True)], ids=["plain", "both"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_directory_gives_the_outputs_of_the_model_in_memory(
+    tied: bool, calibration: Calibration | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was quantised is held on to, and compared with what its directory is loaded as."""
     import transformers
 
-    first = transformers.AutoModelForCausalLM.from_pretrained(quantized).eval()
-    again = transformers.AutoModelForCausalLM.from_pretrained(quantized).eval()
-    assert torch.equal(logits(first), logits(again))
-    assert first.lm_head.weight is first.model.embed_tokens.weight
-    full = logits(transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval())
-    assert 0 < (logits(first) - full).norm() < 0.15 * full.norm()
+    model = tiny(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "export")
+    in_memory: list[Any] = []
+
+    def keep(directory: Path, **options: Any) -> Any:
+        in_memory.append(load_model(directory, **options))
+        return in_memory[-1]
+
+    monkeypatch.setattr(quantize, "load_model", keep)
+    output = quantize_export(tmp_path / "export", tmp_path / "int8", calibration).directory
+    ours = in_memory[-1]
+    assert ours.model.layers[0].mlp.up_proj.weight.qdata.dtype == torch.int8
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
+    assert torch.equal(logits(loaded), logits(ours))
+    assert 0 < (logits(loaded) - logits(model)).norm() < 0.15 * logits(model).norm()
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
 def test_biases_stay_as_they_are(tmp_path: Path) -> None:

@@ -94,9 +94,15 @@ def test_what_is_no_question_is_told_with_its_line(tmp_path: Path, line: str) ->
         read_questions(path)
 
 
+@pytest.mark.parametrize("task", task_names())
+def test_one_document_is_enough(task: str, documents: list[str]) -> None:
+    longest = max(documents, key=len)
+    assert len(make_questions(task, [longest], 10, seed=9)) == 10
+
+
 def test_too_little_text_is_told(documents: list[str]) -> None:
-    with pytest.raises(UserError, match="2 documents or more, not 1"):
-        make_questions("next_word", documents[:1], 1, seed=0)
+    with pytest.raises(UserError, match="more text than a line"):
+        make_questions("next_word", ["one line of text"], 1, seed=0)
     with pytest.raises(UserError, match=r"yield \d+ of 5 questions"):
         make_questions("next_word", ["x = 1\n", "y = 2\n"], 5, seed=0)
     with pytest.raises(UserError, match="unknown cloze task 'next'; there are next_word"):

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_prune.data.tokenizer import train_bpe
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.cloze import read_questions, task_names
-from megatron_prune.evaluation.harness import DataMissing, Scores, evaluate, prepare_environment, tasks_in
+from megatron_prune.evaluation.harness import DataMissing, Scores, _measures, evaluate, prepare_environment, tasks_in
 from megatron_prune.evaluation.offline import _tail, held_out_documents, write_offline_tasks
 from megatron_prune.evaluation.scoring import load_causal_lm, score_questions
 
@@ -103,6 +104,77 @@ def test_data_that_is_not_there(model: Path) -> None:
 def test_a_directory_without_tasks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no task file of lm-eval"):
         tasks_in(tmp_path)
+
+
+def write_task(directory: Path, name: str, file: str = "task", **changes: object) -> None:
+    """A task of four questions."""
+    questions = [{"question": "a", "choices": [" b", " c"], "answer": index % 2} for index in range(4)]
+    (directory / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    data = {"data_files": {"test": str(directory / "questions.jsonl")}, "cache_dir": str(directory / "cache")}
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": data,
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "question",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (directory / f"{file}.yaml").write_text(yaml.safe_dump(task | changes))
+
+
+def test_a_task_of_ones_own_comes_before_lm_eval_s(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_task(tmp_path, "piqa", metric_list=[{"metric": "acc_norm"}])
+    done: list[str] = []
+    scores = evaluate(model, tasks_in(tmp_path), tmp_path, on_done=done.append)
+    assert scores.tasks["piqa"].keys() == {"acc_norm", "acc_norm_stderr"}
+    assert scores.tasks["piqa"]["acc_norm"] == 0.5
+    assert done == ["piqa"]
+    assert capsys.readouterr().err == ""  # it is no terminal, and gets no bars
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"doc_to_text": "{{question"}, r"task.yaml makes no questions \(TemplateSyntaxError: "),
+        ({"doc_to_text": "{{question.x.y}}"}, r"task.yaml makes no questions \(UndefinedError: "),
+        ({"metric_list": [{"metric": "no_such"}]}, "task.yaml makes no questions"),
+        ({"dataset_kwargs": {"data_files": {"test": "no_such.jsonl"}}}, "task.yaml makes no questions"),
+    ],
+)
+def test_a_task_file_that_makes_no_questions(
+    model: Path, tmp_path: Path, changes: dict[str, object], complaint: str
+) -> None:
+    write_task(tmp_path, "mine", **changes)
+    with pytest.raises(UserError, match=complaint) as error:
+        evaluate(model, tasks_in(tmp_path), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_task_file_is_not_passed_over(tmp_path: Path) -> None:
+    write_task(tmp_path, "mine")
+    (tmp_path / "broken.yaml").write_text("task: [a\n")
+    with pytest.raises(UserError, match=r"broken.yaml cannot be read \(line 2: "):
+        tasks_in(tmp_path)
+    (tmp_path / "broken.yaml").write_text("task: other\ninclude: no_such.yaml\n")
+    with pytest.raises(UserError, match=r"broken.yaml is not understood by lm-eval; .* includes missing"):
+        tasks_in(tmp_path)
+    (tmp_path / "broken.yaml").write_text("test_split: test\nprocess: !function utils.process\n")  # for others
+    write_task(tmp_path, "other", "other", include="broken.yaml")
+    (tmp_path / "group.yaml").write_text("group: both\ntask: [mine, other]\n")
+    assert tasks_in(tmp_path) == ("mine", "other")
+    write_task(tmp_path, "mine", "second")
+    with pytest.raises(UserError, match=r"task mine is in both .*second.yaml and .*task.yaml"):
+        tasks_in(tmp_path)
+
+
+def test_filters_of_answers_are_told_apart() -> None:
+    found = _measures({"alias": "x", "match,strict": 0.5, "match_stderr,strict": 0.1, "match,loose": 1, "acc,none": 0})
+    assert found == {"match (strict)": 0.5, "match_stderr (strict)": 0.1, "match (loose)": 1, "acc": 0}
 
 
 def test_questions_come_from_the_end_of_the_text() -> None:

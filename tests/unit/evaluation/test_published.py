@@ -6,7 +6,7 @@ import pytest
 
 from megatron_prune.evaluation.harness import Scores
 from megatron_prune.evaluation.published import COMMON_SENSE, MMLU, published_near
-from megatron_prune.evaluation.report import paper_row, paper_table, plain_row
+from megatron_prune.evaluation.report import paper_row, paper_table, plain_rows, plain_table
 
 ALL = [row for size in (134, 457, 1100, 2020, 3370) for row in published_near(size * 10**6)]
 
@@ -67,8 +67,17 @@ def test_no_average_of_some_tasks() -> None:
 
 
 def test_tasks_that_are_not_the_paper_s() -> None:
-    assert plain_row(Scores({"a": {"acc": 0.5}, "b": {"acc": 0.25}, "c": {"bleu": 1.0}}, 1, "0")) == {
-        "a": 50,
-        "b": 25,
-        "Avg.": 37.5,
+    tasks = {"a": {"acc": 0.5, "acc_stderr": 0.1}, "b": {"acc": 0.25, "acc_norm": 0.75}, "c": {"bleu": 12.5}}
+    rows = plain_rows(Scores(tasks | {"part of c": {"bleu": 1.0}}, 1, "0"), ["a", "b", "c"])
+    assert rows == {
+        "acc": {"a": 50, "b": 25, "Avg.": 37.5},
+        "acc_norm": {"b": 75, "Avg.": 75},
+        "bleu": {"c": 12.5, "Avg.": 12.5},
     }
+    heading, _, *lines = plain_table("mine", rows, ["a", "b", "c"])
+    assert heading.split() == ["model", "a", "b", "c", "Avg."]
+    assert [line.split() for line in lines] == [
+        ["mine", "acc", "50.00", "25.00", "-", "37.50"],
+        ["mine", "acc_norm", "-", "75.00", "-", "75.00"],
+        ["mine", "bleu", "-", "-", "12.50", "12.50"],
+    ]

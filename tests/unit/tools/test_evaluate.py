@@ -24,12 +24,20 @@ class Harness:
         self.asked: list[tuple[str, ...]] = []
 
     def evaluate(
-        self, directory: Path, tasks: Sequence[str], task_dir: Path | None, batch_size: int, limit: int | None
+        self,
+        directory: Path,
+        tasks: Sequence[str],
+        task_dir: Path | None,
+        batch_size: int,
+        limit: int | None,
+        on_done: Callable[[str], None],
     ) -> Scores:
         """Every answer right half of the time."""
         self.asked.append(tuple(tasks))
         if task_dir is None and not self.has_data:
             raise DataMissing("the data of task arc_challenge is not here; do something")
+        for task in tasks:
+            on_done(task)
         return Scores({task: {"acc": 0.5, "acc_norm": 0.25} for task in tasks}, 134_000_000, "0.4")
 
 
@@ -76,7 +84,29 @@ def test_the_offline_suite_where_it_is_not(
     assert harness.asked[1] == ("offline_a", "offline_b")
     printed = capsys.readouterr().out
     assert "suite offline, because the data of task arc_challenge is not here; the hub does not answer" in printed
-    assert printed.splitlines()[3].split() == ["model", "50.00", "50.00", "50.00"]
+    assert "\noffline_b scored, 2 of 2, after 0 s\n" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["model", "acc", "50.00", "50.00", "50.00"] in lines
+    assert ["model", "acc_norm", "25.00", "25.00", "25.00"] in lines
+
+
+def test_ones_own_tasks_are_never_the_paper_s(
+    tool: dict[str, Any],
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    use(tool, has_data=False)
+    tool["_evaluate"].__globals__["tasks_in"] = lambda directory: ("mine", "piqa")
+    monkeypatch.chdir(model)
+    assert tool["main"]([".", "--task-dir", "tasks", "--output", str(tmp_path / "scores.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "published" not in printed
+    lines = [line.split() for line in printed.splitlines()]
+    assert lines[2] == ["model", "mine", "piqa", "Avg."]
+    assert lines[4] == ["model", "acc", "50.00", "50.00", "50.00"]
+    assert json.loads((tmp_path / "scores.json").read_text())["row"]["acc_norm"]["piqa"] == 25
 
 
 @pytest.mark.parametrize("flags", [["--suite", "commonsense"], ["--mmlu"]])
@@ -100,6 +130,7 @@ def test_what_is_no_model(tool: dict[str, Any], tmp_path: Path, capsys: pytest.C
     [
         (["--suite", "offline", "--mmlu"], "--mmlu is not in --suite offline"),
         (["--suite", "offline", "--task-dir", "d"], "does not go with --task-dir"),
+        (["--mmlu", "--task-dir", "d"], "--mmlu is not among the tasks of --task-dir"),
         (["--suite", "commonsense", "--keep-tasks", "d"], "keeps the offline suite, which is not asked"),
     ],
 )
