@@ -47,7 +47,7 @@ browser:
 	fi; \
 	echo "make test opens a page in Chromium, which is not installed; on Debian: apt-get install chromium"; exit 1
 
-study: $(INSTALLED) ## the paper's comparisons in miniature, into docs/study.md (about an hour on 2 cores; continues)
+study: $(INSTALLED) ## the paper's comparisons in miniature, into docs/study.md (about half an hour on 2 cores; continues)
 	$(BIN)/python tools/study.py --results examples/study/results.json
 
 # pytest would only say that it found no tests.
