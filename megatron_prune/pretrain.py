@@ -77,9 +77,10 @@ def _run(argv: Sequence[str], is_last: bool) -> None:
     validate_against_source(config, source)
     inputs = read_inputs(config, source_path, source)
     if config.run.dry_run:
-        from megatron_prune.training.setup import check_start  # imports DeepSpeed, as below
+        if inputs.checkpoint is not None:
+            from megatron_prune.training.setup import check_start  # imports DeepSpeed, as below
 
-        check_start(config, inputs)
+            check_start(config, inputs)
         _say(format_plan(make_plan(config, source, num_gpus=world_size)))
         return
     if note is not None:

@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for bad input, or that of the command that failed.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--save", type=Path, default=Path("examples/demo/source"), metavar="DIR", help="%(default)s")
     options = parser.parse_args(argv)
     os.chdir(ROOT)

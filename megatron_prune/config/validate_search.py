@@ -63,8 +63,8 @@ def _trajectory(config: Config) -> Iterator[str]:
     twice = [axis for axis in PRUNE_AXES if prune.order.count(axis) > 1]
     if "unified" in prune.order:
         yield (
-            f"--trajectory {text} mixes unified, which lets all axes shrink together, with an order: give unified alone, "
-            f"or {_ORDER}"
+            f"--trajectory {text} mixes unified, which lets all axes shrink together, with an order: give unified "
+            f"alone, or {_ORDER}"
         )
     elif unknown:
         hint = nearest(unknown[0], ("unified", *PRUNE_AXES)) or f": give unified, or {_ORDER}"

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 when a forced implementation cannot be had.
     """
-    parser = argparse.ArgumentParser(prog="python -m megatron_prune.ops", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m megatron_prune.ops", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--force", nargs="+", default=[], metavar="OP=IMPLEMENTATION", help="use this implementation or fail"
     )

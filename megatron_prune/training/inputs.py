@@ -31,7 +31,7 @@ from megatron_prune.pruning.replay import Replay
 from megatron_prune.training.batches import Samples
 from megatron_prune.training.latency import saved_table
 from megatron_prune.training.resume import newest_whole
-from megatron_prune.training.targets import make_replay
+from megatron_prune.training.targets import make_budget, make_replay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,9 @@ def read_inputs(config: Config, source_path: Path, source: Architecture) -> Inpu
         _check_same_source(found.checkpoint, config, source)
     replay = make_replay(config, source)
     if config.prune.needs_latency:
-        saved_table(config, source, None if found is None else run_of(found.checkpoint))  # fails here or never
+        table = saved_table(config, source, None if found is None else run_of(found.checkpoint))
+        if table is not None:  # a latency out of its reach is refused here, where it need not be measured
+            make_budget(config, source, replay, lambda: table)
     needed = not config.run.finetune and has_weights(source_path)  # or they are those of a checkpoint
     weights = SourceWeights(source_path, source) if needed else None
     if config.distill.distill_weight and weights is None:

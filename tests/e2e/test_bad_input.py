@@ -17,9 +17,12 @@ from ports import free_port
 from safetensors.torch import load_file, save_file
 
 from megatron_prune import pretrain
+from megatron_prune.checkpoint.hf import read_architecture
+from megatron_prune.config import load_config
 from megatron_prune.data.indexed import IndexedDatasetWriter
 from megatron_prune.parallel.join import joined
 from megatron_prune.pretrain import QUIET_SECONDS, main
+from megatron_prune.training.latency import measured_table, write_table
 
 
 @pytest.fixture
@@ -239,6 +242,11 @@ def test_what_decides_is_read_before_processes_meet(
     changes = {"prune_cost": "latency", "gqa_mode": "balanced"}
     assert main([*workspace.flags("unused", save=run, **changes), *dry_run]) == 2
     assert "latency.json is no latency table" in capfd.readouterr().err
+    flags = workspace.flags("unused", save=run, target_shape=None, target_latency_ms=9.0, gqa_mode="balanced")
+    config, source = load_config(flags), read_architecture(workspace.source)
+    write_table(run, measured_table(config, source, lambda arch: arch.hidden_size / 10))
+    assert main([*flags, *dry_run]) == 2
+    assert "--target-latency-ms 9 is not between the 0.8 ms" in capfd.readouterr().err
 
 
 def test_a_dry_run_looks_at_the_checkpoint(workspace: Any, capfd: pytest.CaptureFixture[str]) -> None:
