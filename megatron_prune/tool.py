@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
@@ -88,6 +89,14 @@ def written_at_once(output: Path) -> Iterator[Path]:
             if old.is_dir():
                 old.rename(scratch / f"{new.name}.replaced")
             new.replace(old)
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Within, what libraries write to stderr in this process, bars of progress first, is dropped where that is no
+    terminal: it would fill a log."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(sys.stderr if sys.stderr.isatty() else nowhere):
+        yield
 
 
 def _check_writable(flag: str, path: Path, kind: str) -> None:

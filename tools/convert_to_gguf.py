@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prune.checkpoint.run_export import model_directory
-from megatron_prune.deployment.gguf import OUTTYPES, compare_greedy, convert
+from megatron_prune.deployment.gguf import OUTTYPES, compare_greedy, convert, require_llama_cpp
 from megatron_prune.errors import EXIT_FAILURE, UserError
 from megatron_prune.tool import beside, check_output, run_tool
 
@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.check < 0:
         raise UserError(f"--check {options.check} must be 0 or more")
+    if options.prompt is not None and not (options.check and all(options.prompt)):
+        raise UserError("--prompt TEXT is some text for --check N to continue; give both")
+    if options.check:
+        require_llama_cpp("--check")
     check_output("--output", options.output)
     directory = model_directory(options.model)
     output = options.output or beside(directory, f"-{options.outtype}.gguf")

@@ -57,11 +57,14 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"--save {options.save} has nothing to write: --shape is no run; drop one of them")
     if options.save is None and not checked:
         raise UserError("--save is missing; give the directory that the model goes to")
+    if not 1 <= options.max_shard_gb * BYTES_PER_GB < float("inf"):
+        raise UserError(f"--max-shard-gb {options.max_shard_gb:g} must be a size above 0; the default of 5 suits most hubs")
     if options.save is not None:
         check_output_directory("--save", options.save)
     if checked:
         arch = parse_source_shape(options.shape) if options.shape else _architecture(options.load)
-        print("\n".join(report(check_targets(arch, options.check_targets.split(",")))))
+        names = [name.strip() for name in options.check_targets.split(",")]
+        print("\n".join(report(check_targets(arch, names))))
     if options.save is not None:
         _export(options.load, options.save, options.dtype, int(options.max_shard_gb * BYTES_PER_GB))
 
@@ -77,8 +80,6 @@ def _architecture(path: Path) -> Architecture:
 
 
 def _export(run_dir: Path, directory: Path, dtype: str | None, max_shard_bytes: int) -> None:
-    if max_shard_bytes < 1:
-        raise UserError("--max-shard-gb must be above 0; the default of 5 suits most hubs")
     done = export_run(run_dir, directory, dtype, max_shard_bytes)
     exported, verified, arch = done.report, done.verified, done.architecture
     print(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from megatron_prune.checkpoint.files import json_object
 from megatron_prune.checkpoint.run_export import check_export
 from megatron_prune.errors import MegatronPruneError, UserError
 from megatron_prune.evaluation.scoring import first_line, load_causal_lm
-from megatron_prune.tool import check_output, written_at_once
+from megatron_prune.tool import bars_on_terminals_only, check_output, written_at_once
 
 CONVERTER: Final = "convert_hf_to_gguf"
 OUTTYPES: Final = ("f32", "f16", "bf16", "q8_0")
@@ -109,6 +110,23 @@ def convert(model_dir: Path, llama_cpp: Path, output: Path, outtype: str, pre_to
     return named or "recognised by the converter"
 
 
+def require_llama_cpp(what: str) -> Any:
+    """The package llama-cpp-python, imported.
+
+    Args:
+        what: needs it: a flag or a file.
+
+    Raises:
+        UserError: it is not installed, or its library cannot be loaded.
+    """
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:  # the last where its library does not load
+        why = first_line(error)
+        raise UserError(f"{what} needs llama-cpp-python ({why}); see docs/deploy.md for building it") from error
+    return llama_cpp
+
+
 def compare_greedy(model_dir: Path, gguf: Path, prompts: Sequence[str], count: int) -> Iterator[GreedyReport]:
     """Let llama.cpp and transformers (fp32) continue prompts greedily, and compare token by token.
 
@@ -121,11 +139,7 @@ def compare_greedy(model_dir: Path, gguf: Path, prompts: Sequence[str], count: i
     Raises:
         UserError: llama-cpp-python is not installed, or the model cannot be loaded.
     """
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise UserError(f"--check needs llama-cpp-python ({error}); see docs/deploy.md for building it") from error
-
+    llama_cpp = require_llama_cpp("--check")
     model, tokenizer = load_causal_lm(model_dir, torch.float32)
     for prompt in prompts:
         tokens = tokenizer(prompt)["input_ids"]
@@ -161,10 +175,7 @@ class GgufModel:
     """
 
     def __init__(self, file: Path, context: int) -> None:
-        try:
-            import llama_cpp
-        except ImportError as error:
-            raise UserError(f"{file} needs llama-cpp-python ({error}); see docs/deploy.md for building it") from error
+        llama_cpp = require_llama_cpp(str(file))
         try:
             self._model: Any = llama_cpp.Llama(
                 str(file), n_ctx=context, n_threads=_THREADS, n_threads_batch=_THREADS, verbose=False
@@ -220,10 +231,19 @@ def _is_byte_level(step: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _importable(root: Path) -> Iterator[None]:
-    """The converter and the gguf package beside it, which is newer than the one of the package index."""
-    path, arguments = list(sys.path), list(sys.argv)
+    """The converter and the gguf package beside it, which is newer than the one of the package index.
+
+    It is a program, which sets up logging for itself and reports every tensor.
+    """
+    log = logging.getLogger()
+    path, arguments, handlers, level = list(sys.path), list(sys.argv), list(log.handlers), log.level
     sys.path[:0] = [str(root), str(root / "gguf-py")]
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with bars_on_terminals_only():
+            yield
     finally:
         sys.path, sys.argv = path, arguments
+        log.handlers[:] = handlers
+        log.setLevel(level)
+        logging.disable(logging.NOTSET)

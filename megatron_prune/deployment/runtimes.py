@@ -60,7 +60,7 @@ def check_targets(arch: Architecture, runtimes: Sequence[str]) -> list[Finding]:
     """
     unknown = [name for name in runtimes if name not in _RULES]
     if unknown:
-        raise UserError(f"--check-targets {unknown[0]} is unknown; there are {', '.join(runtime_names())}")
+        raise UserError(f"--check-targets {unknown[0]!r} is unknown; there are {', '.join(runtime_names())}")
     return [finding for name in runtimes for finding in _RULES[name](arch)]
 
 

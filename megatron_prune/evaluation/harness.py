@@ -6,12 +6,11 @@ import dataclasses
 import importlib.util
 import logging
 import os
-import sys
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ import yaml
 
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.scoring import first_line, load_causal_lm
+from megatron_prune.tool import bars_on_terminals_only
 
 _HUB: Final = "https://huggingface.co"
 _HUB_SECONDS: Final = 5.0
@@ -126,7 +126,7 @@ def evaluate(
     if unknown:
         raise UserError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them, --task-dir adds others")
     scores: dict[str, dict[str, float]] = {}
-    with _bars_on_terminals_only():
+    with _quiet():
         asked = {name: _load(manager, name, task_dir, limit) for name in tasks}
         loaded, tokenizer = load_causal_lm(directory, "auto")
         model: Any = HFLM(
@@ -183,17 +183,16 @@ def _task_name(file: Path) -> str | None:
 
 
 @contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """lm-eval's progress bars, and what its libraries warn of, would fill a log. It asks git about its own version."""
+def _quiet() -> Iterator[None]:
+    """No bars in a log, no warnings of lm-eval's libraries, and none of git, which it asks about the directory."""
     import lm_eval.evaluator
 
     ask = lm_eval.evaluator.get_git_commit_hash
     lm_eval.evaluator.get_git_commit_hash = lambda: None
     try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
+        with warnings.catch_warnings(), bars_on_terminals_only():
             warnings.simplefilter("ignore")
-            with redirect_stderr(sys.stderr if sys.stderr.isatty() else nowhere):
-                yield
+            yield
     finally:
         lm_eval.evaluator.get_git_commit_hash = ask
 

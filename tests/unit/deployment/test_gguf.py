@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -13,13 +14,16 @@ from megatron_prune.deployment.gguf import convert, pre_tokenizer_name
 from megatron_prune.errors import MegatronPruneError, UserError
 
 CONVERTER = """
-import json, pathlib, sys
+import json, logging, pathlib, sys
 
 class TextModel:
     def get_vocab_base_pre(self, tokenizer):
         raise NotImplementedError("BPE pre-tokenizer was not recognized")
 
 def main():
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger("writer").info("output.weight, torch.float32 --> F16")
+    print("Writing: 100%", file=sys.stderr)
     file = pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1])
     file.write_text(json.dumps([TextModel().get_vocab_base_pre(None), *sys.argv[1:2], *sys.argv[-2:]]))
 """
@@ -44,12 +48,18 @@ def _forget_converter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "convert_hf_to_gguf", raising=False)
 
 
-def test_the_pre_tokenizer_is_named(source: Path, model: Path, tmp_path: Path) -> None:
+def test_the_pre_tokenizer_is_named(
+    source: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
     arguments = list(sys.argv)
     assert convert(model, source, tmp_path / "a.gguf", "f16", None) == "gpt-2"
     assert json.loads((tmp_path / "a.gguf").read_text()) == ["gpt-2", str(model), "--outtype", "f16"]
     assert convert(model, source / "vendor" / "llama.cpp", tmp_path / "b.gguf", "f32", "qwen2") == "qwen2"
     assert json.loads((tmp_path / "b.gguf").read_text())[0] == "qwen2"
+    assert capfd.readouterr() == ("", "")  # it is no terminal
+    assert (root.handlers, root.level) == before
     assert sys.argv == arguments
     assert str(source) not in "".join(sys.path)
 

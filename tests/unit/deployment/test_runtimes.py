@@ -99,5 +99,5 @@ def test_lines_say_where_a_rule_comes_from() -> None:
     lines = report(check_targets(parse_source_shape(PAPER), ["vllm", "llama.cpp"]))
     assert lines[0] == "vllm:"
     assert "  [1] vllm-project/vllm 0035bdf, llama.py: LlamaAttention, LlamaMLP" in lines
-    with pytest.raises(UserError, match="trt is unknown; there are transformers, vllm"):
+    with pytest.raises(UserError, match="'trt' is unknown; there are transformers, vllm"):
         check_targets(parse_source_shape(PAPER), ["trt"])

@@ -196,6 +196,25 @@ def test_where_nothing_can_be_written(
         assert "cannot be written" in line
 
 
+def test_a_check_that_cannot_be_made_is_told_before_the_work(
+    repo_root: Path,
+    export: Path,
+    llama_cpp: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    for flags, complaint in (
+        (["--check", "-1"], "--check -1 must be 0 or more"),
+        (["--check", "4"], "--check needs llama-cpp-python"),
+        (["--prompt", "def "], "give both"),
+        (["--check", "4", "--prompt", ""], "give both"),
+    ):
+        assert run(repo_root, "convert_to_gguf", str(export), "--llama-cpp", llama_cpp, *flags) == 2
+        assert complaint in capsys.readouterr().err
+    assert not list(export.parent.glob("*.gguf"))
+
+
 def test_no_model_is_named(repo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for tool, more in (("quantize", []), ("export_onnx", []), ("convert_to_gguf", ["--llama-cpp", str(tmp_path)])):
         assert run(repo_root, tool, str(tmp_path), *more) == 2
@@ -203,7 +222,7 @@ def test_no_model_is_named(repo_root: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_targets_are_checked(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(repo_root, "convert_to_hf", "--shape", PAPER, "--check-targets", "vllm,llama.cpp") == 0
+    assert run(repo_root, "convert_to_hf", "--shape", PAPER, "--check-targets", "vllm, llama.cpp") == 0
     out = capsys.readouterr().out
     assert "no   TP 2" in out
     assert "8% of weights are q8_0" in out
@@ -218,7 +237,10 @@ def test_flags_that_do_not_go_together(repo_root: Path, capsys: pytest.CaptureFi
         (["--load", "x"], "--save is missing"),
         (["--shape", PAPER, "--save", "x"], "--load is missing"),
         (["--shape", PAPER, "--load", "x", "--check-targets", "onnx"], "in place of --load"),
-        (["--shape", PAPER, "--check-targets", "trt"], "trt is unknown"),
+        (["--shape", PAPER, "--check-targets", "trt"], "'trt' is unknown"),
+        (["--shape", PAPER, "--check-targets", ""], "'' is unknown"),
+        (["--load", "x", "--save", "y", "--max-shard-gb", "nan"], "--max-shard-gb nan must be a size above 0"),
+        (["--load", "x", "--save", "y", "--max-shard-gb", "inf"], "--max-shard-gb inf must be a size above 0"),
         (["--shape", PAPER, "--check-targets", "onnx", "--save", "x"], "has nothing to write"),
     ):
         assert run(repo_root, "convert_to_hf", *arguments) == 2
