@@ -10,6 +10,8 @@ from typing import Final
 
 import torch
 
+from megatron_prune.architecture import Architecture
+from megatron_prune.checkpoint.hf import SourceWeights, read_architecture
 from megatron_prune.checkpoint.run_export import is_run_directory
 from megatron_prune.checkpoint.store import SOURCE_DIR
 from megatron_prune.data.instructions import InstructionSamples, read_instructions, steps_of
@@ -69,6 +71,17 @@ def check(tuning: Tuning, flags: Sequence[str]) -> None:
         raise UserError("--global-batch-size and --seq-length must both be 1 or more")
     if not (tuning.source / "config.json").is_file():
         raise UserError(f"{tuning.model} is neither a Hugging Face model directory nor the --save of a run")
+
+
+def whole_model(directory: Path) -> Architecture:
+    """Architecture of a Hugging Face directory that has all its weights: nothing is tuned from random ones.
+
+    Raises:
+        UserError: they are missing, damaged or not those of its config.
+    """
+    arch = read_architecture(directory)
+    SourceWeights(directory, arch)  # checks them
+    return arch
 
 
 def check_target(save: Path, beside: str) -> None:

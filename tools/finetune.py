@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prune.checkpoint.hf import read_architecture
-from megatron_prune.checkpoint.run_export import export_run, model_directory
+from megatron_prune.checkpoint.run_export import export_run, is_run_directory, model_directory
 from megatron_prune.checkpoint.store import CHECKPOINTS
 from megatron_prune.config import load_config
 from megatron_prune.data.instructions import InstructionSamples, read_instructions
@@ -27,7 +27,7 @@ from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneErr
 from megatron_prune.lora import ADAPTER_DIR, LoraSettings, train_adapters
 from megatron_prune.parallel.mesh import map_launcher_environment
 from megatron_prune.tool import EXIT_INTERRUPTED, check_output
-from megatron_prune.tuning import EXPORT_DIR, Tuning, check, check_target, samples_of, steps, trainer_flags
+from megatron_prune.tuning import EXPORT_DIR, Tuning, check, check_target, samples_of, steps, trainer_flags, whole_model
 
 #: Adapters are few and start at zero: they bear, and need, larger steps.
 LORA_LR = 2e-4
@@ -107,7 +107,8 @@ def _train(tuning: Tuning, flags: Sequence[str], is_main: bool) -> int:
     from megatron_prune import pretrain
 
     check_target(tuning.save, CHECKPOINTS)
-    samples = samples_of(tuning, read_architecture(tuning.source).vocab_size)
+    arch = read_architecture(tuning.source) if is_run_directory(tuning.model) else whole_model(tuning.model)
+    samples = samples_of(tuning, arch.vocab_size)
     train_iters = steps(tuning, samples)
     settings = load_config(trainer_flags(tuning, train_iters, 1, flags))
     if is_main:
@@ -127,7 +128,7 @@ def _adapt(tuning: Tuning, options: argparse.Namespace, flags: Sequence[str]) ->
         raise UserError("--lora-rank works in one process; start it with plain python")
     check_target(tuning.save, ADAPTER_DIR)
     model = model_directory(tuning.model)
-    samples = samples_of(tuning, read_architecture(model).vocab_size)
+    samples = samples_of(tuning, whole_model(model).vocab_size)
     train_iters = steps(tuning, samples)
     _describe(tuning, samples, train_iters)
     settings = LoraSettings(options.lora_rank, tuning.lr, train_iters, tuning.global_batch_size, seed=0)

@@ -155,6 +155,31 @@ def test_mistakes(
     assert message in line
 
 
+@pytest.mark.parametrize("words", [[], ["--lora-rank", "2"]], ids=["whole", "adapters"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_no_model_is_tuned_from_random_weights(
+    finetune: Main,
+    tiny: Path,
+    demo: Path,
+    tmp_path: Path,
+    words: list[str],
+    damage: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    weights = model / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-4])
+    given = [str(model), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "save")]
+    assert finetune([*given, *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    expected = {"missing": "has neither model.safetensors nor", "truncated": "is no readable safetensors file"}
+    assert expected[damage] in line
+    assert not (tmp_path / "save").exists()
+
+
 def test_a_missing_library_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
