@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from megatron_prune.architecture import Architecture
-from megatron_prune.checkpoint.hf import SourceWeights, read_architecture
+from megatron_prune.checkpoint.hf import SourceWeights, check_replaceable, read_architecture
 from megatron_prune.checkpoint.run_export import is_run_directory
 from megatron_prune.checkpoint.store import SOURCE_DIR
 from megatron_prune.data.instructions import InstructionSamples, read_instructions, steps_of
@@ -94,6 +94,7 @@ def check_target(save: Path, beside: str) -> None:
     Raises:
         UserError: there is an export that it has not written.
     """
+    check_replaceable(save / EXPORT_DIR)
     if (save / EXPORT_DIR).exists() and not (save / beside).is_dir():
         raise UserError(f"--save {save} has a directory {EXPORT_DIR!r} that is not of this tuning; give another --save")
 

@@ -7,6 +7,7 @@ import runpy
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,39 @@ def test_adapters_change_the_model_and_are_merged(
     assert load_tokenizer(str(tmp_path / "adapted" / "export")).eod_id == load_tokenizer(str(tiny)).eod_id
     assert finetune([*words, "--precision", "fp32"]) == 2
     assert "--precision goes to the trainer, which --lora-rank does not use" in capsys.readouterr().err
+
+
+def test_adapters_that_are_no_numbers_leave_what_was_there(
+    finetune: Main, tiny: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = tmp_path / "adapted"
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(save), "--lora-rank", "2"]
+    words += ["--epochs", "0.1", "--global-batch-size", "4", "--seq-length", "64"]
+    assert finetune(words) == 0
+    before = {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert finetune([*words, "--lr", "1e30"]) == 2
+    assert "error: the training at --lr 1e+30 ended with weights that are no numbers" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in save.rglob("*") if path.is_file()} == before
+
+
+def test_a_merged_model_that_is_not_what_was_trained_is_put_aside(
+    finetune: Main, tiny: Path, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def load_changed(directory: Path, **options: Any) -> Any:
+        loaded = load(directory, **options)
+        if options.get("output_loading_info"):
+            loaded[0].lm_head.weight.data[0, 0] += 1
+        return loaded
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_changed)
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "adapted")]
+    assert finetune([*words, "--lora-rank", "2", "--epochs", "0.1", "--global-batch-size", "4"]) == 1
+    assert {path.name for path in (tmp_path / "adapted").glob("export*")} == {"export.unverified"}
 
 
 def test_adapters_see_the_same_targets_as_the_trainer() -> None:
