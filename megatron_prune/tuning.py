@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -71,6 +72,8 @@ def check(tuning: Tuning, flags: Sequence[str]) -> None:
         raise UserError("--global-batch-size and --seq-length must both be 1 or more")
     if not (tuning.source / "config.json").is_file():
         raise UserError(f"{tuning.model} is neither a Hugging Face model directory nor the --save of a run")
+    if os.path.realpath(tuning.save) == os.path.realpath(tuning.model):
+        raise UserError(f"--save {tuning.save} is the model to tune; give another directory")
 
 
 def whole_model(directory: Path) -> Architecture:

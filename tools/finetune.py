@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prune.checkpoint.hf import read_architecture
+from megatron_prune.checkpoint.hf_source import TOKENIZER_PATTERNS
 from megatron_prune.checkpoint.run_export import export_run, is_run_directory, model_directory
 from megatron_prune.checkpoint.store import CHECKPOINTS
 from megatron_prune.config import load_config
-from megatron_prune.data.instructions import InstructionSamples, read_instructions
+from megatron_prune.data.instructions import Instruction, InstructionSamples, read_instructions
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 from megatron_prune.lora import ADAPTER_DIR, LoraSettings, train_adapters
 from megatron_prune.parallel.mesh import map_launcher_environment
@@ -32,6 +33,8 @@ from megatron_prune.tuning import EXPORT_DIR, Tuning, check, check_target, sampl
 #: Adapters are few and start at zero: they bear, and need, larger steps.
 LORA_LR = 2e-4
 FULL_LR = 2e-5
+#: What of a model directory is read; earlier answers may lie beside it.
+MODEL_PATTERNS = ("*config.json", "*.safetensors*", *TOKENIZER_PATTERNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,15 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--prompts {options.prompts} is of no use without --generate; give both")
         if options.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens {options.max_new_tokens} must be 1 or more")
-        if is_main:
-            check_output("--generate", options.generate)
         tuning = _tuning(options)
         check(tuning, flags)
+        asked = _asked(options, tuning.source) if is_main and options.generate is not None else None
         code = _adapt(tuning, options, flags) if options.lora_rank is not None else _train(tuning, flags, is_main)
         if code or not is_main:
             return code
-        if options.generate is not None:
-            _generate(tuning, options.generate, options.prompts, options.max_new_tokens)
+        if asked is not None:
+            _generate(tuning, options.generate, asked, options.max_new_tokens)
     except MegatronPruneError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
@@ -87,6 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="instructions to respond to (default: --data's)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest response (default: 256)")
     return parser
+
+
+def _asked(options: argparse.Namespace, source: Path) -> list[Instruction]:
+    """What --generate shall respond to, read before training starts; the file to write is none that is read."""
+    of_model = [file for pattern in MODEL_PATTERNS for file in source.glob(pattern)]
+    inputs = [path for path in (options.data, options.prompts, *of_model) if path is not None]
+    check_output("--generate", options.generate, inputs)
+    return read_instructions(options.prompts or options.data, with_output=False)
 
 
 def _tuning(options: argparse.Namespace) -> Tuning:
@@ -147,12 +157,11 @@ def _describe(tuning: Tuning, samples: InstructionSamples, train_iters: int) -> 
     )
 
 
-def _generate(tuning: Tuning, target: Path, prompts: Path | None, max_new_tokens: int) -> None:
+def _generate(tuning: Tuning, target: Path, asked: Sequence[Instruction], max_new_tokens: int) -> None:
     from megatron_prune.generation import printer, respond, write_alpaca_eval
 
-    instructions = read_instructions(prompts or tuning.data, with_output=False)
-    responses = respond(tuning.save / EXPORT_DIR, instructions, max_new_tokens, progress=printer("responses"))
-    write_alpaca_eval(target, instructions, responses, tuning.save.name)
+    responses = respond(tuning.save / EXPORT_DIR, asked, max_new_tokens, progress=printer("responses"))
+    write_alpaca_eval(target, asked, responses, tuning.save.name)
     print(f"{target}: {len(responses)} responses", flush=True)
 
 

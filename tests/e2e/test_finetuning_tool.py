@@ -189,6 +189,33 @@ def test_mistakes(
     assert message in line
 
 
+@pytest.mark.parametrize("written", ["data.json", "prompts.json", "model/config.json"])
+def test_an_input_is_not_written_over(
+    finetune: Main, tiny: Path, tmp_path: Path, written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    for name in ("data.json", "prompts.json"):
+        (tmp_path / name).write_text('[{"instruction": "Say", "output": "A"}]')
+    before = (tmp_path / written).read_bytes()
+    words = [str(tmp_path / "model"), "--data", str(tmp_path / "data.json"), "--save", str(tmp_path / "save")]
+    words += ["--prompts", str(tmp_path / "prompts.json"), "--generate", str(tmp_path / written)]
+    assert finetune(words) == 2
+    assert f"{written} is what this command reads; give another file" in capsys.readouterr().err
+    assert (tmp_path / written).read_bytes() == before
+    assert not (tmp_path / "save").exists()
+
+
+def test_prompts_are_read_before_training(
+    finetune: Main, tiny: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.json").write_text("[1]")
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "save")]
+    words += ["--prompts", str(tmp_path / "prompts.json"), "--generate", str(tmp_path / "answers.json")]
+    assert finetune(words) == 2
+    assert "prompts.json: entry 1 has no text under 'instruction'" in capsys.readouterr().err
+    assert not (tmp_path / "save").exists()
+
+
 @pytest.mark.parametrize("words", [[], ["--lora-rank", "2"]], ids=["whole", "adapters"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_no_model_is_tuned_from_random_weights(
