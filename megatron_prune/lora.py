@@ -17,11 +17,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from megatron_prune.checkpoint.hf import copy_companions
+from megatron_prune.checkpoint.hf import export_verified, read_architecture, read_config, replacing
+from megatron_prune.checkpoint.run_export import MAX_SHARD_BYTES
 from megatron_prune.data.instructions import InstructionSamples
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.scoring import load_causal_lm
 from megatron_prune.parallel.linear_loss import IGNORED
+from megatron_prune.training.run_dir import locked
 from megatron_prune.tuning import EXPORT_DIR, MAX_MICRO_BATCH, WARMUP_SHARE
 
 ADAPTER_DIR: Final = "adapter"
@@ -58,10 +60,12 @@ def train_adapters(directory: Path, samples: InstructionSamples, settings: LoraS
         save: ``adapter`` and ``export`` go here.
 
     Returns:
-        The directory of the merged model, in fp32.
+        The directory of the merged model, in fp32, which stock transformers has loaded and found equal.
 
     Raises:
-        UserError: peft is not installed, or there is no model.
+        UserError: peft is not installed, there is no model, ``save`` cannot be written or is in use, or the training
+            ended with weights that are no numbers; then nothing is written.
+        MegatronPruneError: what was written is not what was trained.
     """
     if settings.rank < 1:
         raise UserError(f"--lora-rank {settings.rank} must be 1 or more")
@@ -69,6 +73,11 @@ def train_adapters(directory: Path, samples: InstructionSamples, settings: LoraS
         raise UserError("--lora-rank needs the package peft; pip install peft")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would warn of finding none
+    with locked(save):
+        return _train_adapters(directory, samples, settings, save)
+
+
+def _train_adapters(directory: Path, samples: InstructionSamples, settings: LoraSettings, save: Path) -> Path:
     import peft
     import transformers
 
@@ -89,10 +98,20 @@ def train_adapters(directory: Path, samples: InstructionSamples, settings: LoraS
         data_collator=_collate,
     )
     trainer.train()
-    adapted.save_pretrained(str(save / ADAPTER_DIR))
-    merged = adapted.merge_and_unload()
-    merged.save_pretrained(str(save / EXPORT_DIR))
-    copy_companions(directory, save / EXPORT_DIR)
+    with replacing(save / ADAPTER_DIR) as scratch:
+        adapted.save_pretrained(str(scratch))
+        weights: dict[str, Tensor] = adapted.merge_and_unload().state_dict()
+        if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+            raise UserError(f"the training at --lr {settings.lr:g} ended with weights that are no numbers; lower it")
+    export_verified(
+        save / EXPORT_DIR,
+        read_architecture(directory),
+        weights,
+        dtype=torch.float32,
+        tokenizer_dir=directory,
+        source_config=read_config(directory),
+        max_shard_bytes=MAX_SHARD_BYTES,
+    )
     return save / EXPORT_DIR
 
 

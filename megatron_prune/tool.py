@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
@@ -33,20 +33,23 @@ def run_tool(action: Callable[[], int | None]) -> int:
         return EXIT_INTERRUPTED
 
 
-def check_output(flag: str, file: Path | None) -> None:
-    """Make the directory of a file to come, and see that it can be written.
+def check_output(flag: str, file: Path | None, inputs: Iterable[Path] = ()) -> None:
+    """Make the directory of a file to come, and see that it can be written and is none that is read.
 
     Args:
         flag: that names the file, e.g. ``--json``.
         file: to be written later; None where the flag was not given.
+        inputs: files and directories that the command reads.
 
     Raises:
-        UserError: it is a directory, or nothing can be written there.
+        UserError: it is a directory or an input, by whatever name, or nothing can be written there.
     """
     if file is None:
         return
     if file.is_dir():
         raise UserError(f"{flag} {file} is a directory; name a file in it")
+    if os.path.realpath(file) in map(os.path.realpath, inputs):
+        raise UserError(f"{flag} {file} is what this command reads; give another file")
     _check_writable(flag, file, "file")
 
 

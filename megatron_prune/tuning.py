@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from megatron_prune.architecture import Architecture
+from megatron_prune.checkpoint.hf import SourceWeights, check_replaceable, read_architecture
 from megatron_prune.checkpoint.run_export import is_run_directory
 from megatron_prune.checkpoint.store import SOURCE_DIR
 from megatron_prune.data.instructions import InstructionSamples, read_instructions, steps_of
@@ -69,6 +72,19 @@ def check(tuning: Tuning, flags: Sequence[str]) -> None:
         raise UserError("--global-batch-size and --seq-length must both be 1 or more")
     if not (tuning.source / "config.json").is_file():
         raise UserError(f"{tuning.model} is neither a Hugging Face model directory nor the --save of a run")
+    if os.path.realpath(tuning.save) == os.path.realpath(tuning.model):
+        raise UserError(f"--save {tuning.save} is the model to tune; give another directory")
+
+
+def whole_model(directory: Path) -> Architecture:
+    """Architecture of a Hugging Face directory that has all its weights: nothing is tuned from random ones.
+
+    Raises:
+        UserError: they are missing, damaged or not those of its config.
+    """
+    arch = read_architecture(directory)
+    SourceWeights(directory, arch)  # checks them
+    return arch
 
 
 def check_target(save: Path, beside: str) -> None:
@@ -81,6 +97,7 @@ def check_target(save: Path, beside: str) -> None:
     Raises:
         UserError: there is an export that it has not written.
     """
+    check_replaceable(save / EXPORT_DIR)
     if (save / EXPORT_DIR).exists() and not (save / beside).is_dir():
         raise UserError(f"--save {save} has a directory {EXPORT_DIR!r} that is not of this tuning; give another --save")
 

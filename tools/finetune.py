@@ -19,19 +19,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prune.checkpoint.hf import read_architecture
-from megatron_prune.checkpoint.run_export import export_run, model_directory
+from megatron_prune.checkpoint.hf_source import TOKENIZER_PATTERNS
+from megatron_prune.checkpoint.run_export import export_run, is_run_directory, model_directory
 from megatron_prune.checkpoint.store import CHECKPOINTS
 from megatron_prune.config import load_config
-from megatron_prune.data.instructions import InstructionSamples, read_instructions
+from megatron_prune.data.instructions import Instruction, InstructionSamples, read_instructions
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 from megatron_prune.lora import ADAPTER_DIR, LoraSettings, train_adapters
 from megatron_prune.parallel.mesh import map_launcher_environment
 from megatron_prune.tool import EXIT_INTERRUPTED, check_output
-from megatron_prune.tuning import EXPORT_DIR, Tuning, check, check_target, samples_of, steps, trainer_flags
+from megatron_prune.tuning import EXPORT_DIR, Tuning, check, check_target, samples_of, steps, trainer_flags, whole_model
 
 #: Adapters are few and start at zero: they bear, and need, larger steps.
 LORA_LR = 2e-4
 FULL_LR = 2e-5
+#: What of a model directory is read; earlier answers may lie beside it.
+MODEL_PATTERNS = ("*config.json", "*.safetensors*", *TOKENIZER_PATTERNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,15 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--prompts {options.prompts} is of no use without --generate; give both")
         if options.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens {options.max_new_tokens} must be 1 or more")
-        if is_main:
-            check_output("--generate", options.generate)
         tuning = _tuning(options)
         check(tuning, flags)
+        asked = _asked(options, tuning.source) if is_main and options.generate is not None else None
         code = _adapt(tuning, options, flags) if options.lora_rank is not None else _train(tuning, flags, is_main)
         if code or not is_main:
             return code
-        if options.generate is not None:
-            _generate(tuning, options.generate, options.prompts, options.max_new_tokens)
+        if asked is not None:
+            _generate(tuning, options.generate, asked, options.max_new_tokens)
     except MegatronPruneError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
@@ -89,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _asked(options: argparse.Namespace, source: Path) -> list[Instruction]:
+    """What --generate shall respond to, read before training starts; the file to write is none that is read."""
+    of_model = [file for pattern in MODEL_PATTERNS for file in source.glob(pattern)]
+    inputs = [path for path in (options.data, options.prompts, *of_model) if path is not None]
+    check_output("--generate", options.generate, inputs)
+    return read_instructions(options.prompts or options.data, with_output=False)
+
+
 def _tuning(options: argparse.Namespace) -> Tuning:
     default = FULL_LR if options.lora_rank is None else LORA_LR
     return Tuning(
@@ -107,7 +117,8 @@ def _train(tuning: Tuning, flags: Sequence[str], is_main: bool) -> int:
     from megatron_prune import pretrain
 
     check_target(tuning.save, CHECKPOINTS)
-    samples = samples_of(tuning, read_architecture(tuning.source).vocab_size)
+    arch = read_architecture(tuning.source) if is_run_directory(tuning.model) else whole_model(tuning.model)
+    samples = samples_of(tuning, arch.vocab_size)
     train_iters = steps(tuning, samples)
     settings = load_config(trainer_flags(tuning, train_iters, 1, flags))
     if is_main:
@@ -127,7 +138,7 @@ def _adapt(tuning: Tuning, options: argparse.Namespace, flags: Sequence[str]) ->
         raise UserError("--lora-rank works in one process; start it with plain python")
     check_target(tuning.save, ADAPTER_DIR)
     model = model_directory(tuning.model)
-    samples = samples_of(tuning, read_architecture(model).vocab_size)
+    samples = samples_of(tuning, whole_model(model).vocab_size)
     train_iters = steps(tuning, samples)
     _describe(tuning, samples, train_iters)
     settings = LoraSettings(options.lora_rank, tuning.lr, train_iters, tuning.global_batch_size, seed=0)
@@ -146,12 +157,11 @@ def _describe(tuning: Tuning, samples: InstructionSamples, train_iters: int) -> 
     )
 
 
-def _generate(tuning: Tuning, target: Path, prompts: Path | None, max_new_tokens: int) -> None:
+def _generate(tuning: Tuning, target: Path, asked: Sequence[Instruction], max_new_tokens: int) -> None:
     from megatron_prune.generation import printer, respond, write_alpaca_eval
 
-    instructions = read_instructions(prompts or tuning.data, with_output=False)
-    responses = respond(tuning.save / EXPORT_DIR, instructions, max_new_tokens, progress=printer("responses"))
-    write_alpaca_eval(target, instructions, responses, tuning.save.name)
+    responses = respond(tuning.save / EXPORT_DIR, asked, max_new_tokens, progress=printer("responses"))
+    write_alpaca_eval(target, asked, responses, tuning.save.name)
     print(f"{target}: {len(responses)} responses", flush=True)
 
 

@@ -7,9 +7,11 @@ from megatron_prune.checkpoint.hf_export import (
     ExportReport,
     TensorSource,
     VerifyReport,
+    check_replaceable,
     copy_companions,
     export_hf,
     export_verified,
+    replacing,
     verify_export,
 )
 from megatron_prune.checkpoint.hf_source import (
@@ -27,6 +29,7 @@ __all__ = [
     "TensorSource",
     "VerifyReport",
     "architecture_from_hf",
+    "check_replaceable",
     "check_weights",
     "copy_companions",
     "export_hf",
@@ -36,6 +39,7 @@ __all__ = [
     "hf_config_from_architecture",
     "read_architecture",
     "read_config",
+    "replacing",
     "resolve_source",
     "verify_export",
 ]

@@ -99,13 +99,13 @@ def export_hf(
         UserError: the target is a file or a directory of something else.
     """
     directory = directory.resolve()
-    _check_replaceable(directory)
+    check_replaceable(directory)
     specs = {spec.name: spec for spec in tensor_specs(arch)}
     sizes = {name: _stored_bytes(arch, spec, dtype) for name, spec in specs.items()}
     plan = _plan_shards(sizes, max_shard_bytes)
     dtype_name = str(dtype).removeprefix("torch.")
     config = hf_config_from_architecture(arch, torch_dtype=dtype_name, extra=source_config or {})
-    with _replacing(directory) as scratch:
+    with replacing(directory) as scratch:
         for file_name, names in plan.items():
             shard = {name: _stored(arch, specs[name], _logical(arch, specs[name], tensors), dtype) for name in names}
             save_file(shard, scratch / file_name, metadata=dict(METADATA))
@@ -305,8 +305,12 @@ def _copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def _check_replaceable(directory: Path) -> None:
-    """Only an empty directory or an export of ours may be replaced: the target could be the user's source model."""
+def check_replaceable(directory: Path) -> None:
+    """Only an empty directory or an export of ours may be replaced: the target could be the user's source model.
+
+    Raises:
+        UserError: the target is something else.
+    """
     if not directory.exists():
         return
     if directory.is_dir() and (not any(directory.iterdir()) or any(map(_is_ours, directory.glob("*.safetensors")))):
@@ -323,7 +327,7 @@ def _is_ours(file: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
+def replacing(directory: Path) -> Iterator[Path]:
     """Give a scratch directory beside ``directory`` and let it take that place once the block has succeeded.
 
     Both names are fixed, so that the next attempt finds what one that was killed has left.

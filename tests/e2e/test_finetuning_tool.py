@@ -7,6 +7,7 @@ import runpy
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,39 @@ def test_adapters_change_the_model_and_are_merged(
     assert "--precision goes to the trainer, which --lora-rank does not use" in capsys.readouterr().err
 
 
+def test_adapters_that_are_no_numbers_leave_what_was_there(
+    finetune: Main, tiny: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = tmp_path / "adapted"
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(save), "--lora-rank", "2"]
+    words += ["--epochs", "0.1", "--global-batch-size", "4", "--seq-length", "64"]
+    assert finetune(words) == 0
+    before = {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert finetune([*words, "--lr", "1e30"]) == 2
+    assert "error: the training at --lr 1e+30 ended with weights that are no numbers" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in save.rglob("*") if path.is_file()} == before
+
+
+def test_a_merged_model_that_is_not_what_was_trained_is_put_aside(
+    finetune: Main, tiny: Path, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def load_changed(directory: Path, **options: Any) -> Any:
+        loaded = load(directory, **options)
+        if options.get("output_loading_info"):
+            loaded[0].lm_head.weight.data[0, 0] += 1
+        return loaded
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_changed)
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "adapted")]
+    assert finetune([*words, "--lora-rank", "2", "--epochs", "0.1", "--global-batch-size", "4"]) == 1
+    assert {path.name for path in (tmp_path / "adapted").glob("export*")} == {"export.unverified"}
+
+
 def test_adapters_see_the_same_targets_as_the_trainer() -> None:
     tokens = torch.arange(14).reshape(2, 7)
     counted = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]], dtype=torch.bool)
@@ -153,6 +187,58 @@ def test_mistakes(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("written", ["data.json", "prompts.json", "model/config.json"])
+def test_an_input_is_not_written_over(
+    finetune: Main, tiny: Path, tmp_path: Path, written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    for name in ("data.json", "prompts.json"):
+        (tmp_path / name).write_text('[{"instruction": "Say", "output": "A"}]')
+    before = (tmp_path / written).read_bytes()
+    words = [str(tmp_path / "model"), "--data", str(tmp_path / "data.json"), "--save", str(tmp_path / "save")]
+    words += ["--prompts", str(tmp_path / "prompts.json"), "--generate", str(tmp_path / written)]
+    assert finetune(words) == 2
+    assert f"{written} is what this command reads; give another file" in capsys.readouterr().err
+    assert (tmp_path / written).read_bytes() == before
+    assert not (tmp_path / "save").exists()
+
+
+def test_prompts_are_read_before_training(
+    finetune: Main, tiny: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.json").write_text("[1]")
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "save")]
+    words += ["--prompts", str(tmp_path / "prompts.json"), "--generate", str(tmp_path / "answers.json")]
+    assert finetune(words) == 2
+    assert "prompts.json: entry 1 has no text under 'instruction'" in capsys.readouterr().err
+    assert not (tmp_path / "save").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--lora-rank", "2"]], ids=["whole", "adapters"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_no_model_is_tuned_from_random_weights(
+    finetune: Main,
+    tiny: Path,
+    demo: Path,
+    tmp_path: Path,
+    words: list[str],
+    damage: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    weights = model / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-4])
+    given = [str(model), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "save")]
+    assert finetune([*given, *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    expected = {"missing": "has neither model.safetensors nor", "truncated": "is no readable safetensors file"}
+    assert expected[damage] in line
+    assert not (tmp_path / "save").exists()
 
 
 def test_a_missing_library_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

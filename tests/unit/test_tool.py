@@ -22,6 +22,15 @@ def test_what_cannot_be_written_is_told_beforehand(tmp_path: Path) -> None:
         check_output_directory("--save", tmp_path / "file" / "export")
 
 
+def test_what_is_read_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("")
+    (tmp_path / "link.json").symlink_to("data.json")
+    for name in ("data.json", "link.json", "x/../data.json"):
+        with pytest.raises(UserError, match=f"--json .*{name} is what this command reads; give another file"):
+            check_output("--json", tmp_path / name, [tmp_path / "model", tmp_path / "data.json"])
+    check_output("--json", tmp_path / "other.json", [tmp_path / "data.json"])
+
+
 def test_directories_are_made_and_nothing_else(tmp_path: Path) -> None:
     check_output("--json", None)
     check_output("--json", tmp_path / "new" / "x.json")

@@ -59,6 +59,12 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         check(Tuning(model_directory(tmp_path), tmp_path, tmp_path, epochs=0), [])
 
 
+def test_the_model_is_not_written_over(tmp_path: Path) -> None:
+    model = model_directory(tmp_path)
+    with pytest.raises(UserError, match="--save .* is the model to tune; give another directory"):
+        check(Tuning(model, tmp_path, model.parent / "x" / ".." / "model"), [])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
