@@ -2,6 +2,7 @@
 """Time models as their users will run them: stock transformers or llama.cpp, batch 1, prefill apart.
 
     python tools/benchmark_latency.py examples/demo/source runs/demo/export
+    python tools/benchmark_latency.py examples/demo/source runs/demo/export --compile
     python tools/benchmark_latency.py runs/457m/exports/* --threads 1 2 4 8 --precision fp32 bf16 int8
     python tools/benchmark_latency.py --shape EfficientLLM-457M --shape Qwen2.5-0.5B --precision bf16
     python tools/benchmark_latency.py --shape hidden=1216,ffn=3008,heads=19,head_dim=64,layers=24,vocab=49152,tied=1
@@ -9,7 +10,9 @@
     python tools/benchmark_latency.py runs/457m/exports/* --plot latency.png
 
 Ratios are against the first model. A shape has random weights: its speed is the real one. Numbers of threads beyond
-the machine's cores are left out, and said. --plot draws latency against the loss on held-out text, for a family of
+the machine's cores are left out, and said. --compile runs each model without Python between its operators, which is
+most of a small model's time otherwise; a compilation for every model, precision and number of threads takes from
+seconds to minutes. --plot draws latency against the loss on held-out text, for a family of
 exports that a run has written with --export-at; the text is the end of Python's standard library unless --text gives
 another. With --predict RUN also what a run with a latency target expects of the first model.
 """
@@ -29,6 +32,7 @@ from megatron_prune.deployment.contestants import PRECISIONS, Contestant, contes
 from megatron_prune.deployment.latency_table import (
     Timing,
     Workload,
+    compiled,
     latency_table,
     paper_lines,
     thread_counts,
@@ -52,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", default=[], help="KEY=NUMBER,... or a name of the paper's Table 12")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
+    parser.add_argument("--compile", action="store_true", help="compiled ahead of time (AOTInductor; needs C++)")
     parser.add_argument("--context", type=int, default=128, help="tokens of the prefill (default: 128)")
     parser.add_argument("--new-tokens", type=int, default=16, help="decoded tokens a round (default: 16)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved timings of everything (default: 5)")
@@ -85,8 +90,10 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"--threads {options.threads} are all more than this machine has cores; give fewer")
     tokens = options.context + options.new_tokens + 8
     entrants = list(contestants(options.models, options.shape, options.precision, tokens))
-    timings = time_all(entrants, threads, Workload(options.context, options.new_tokens, options.rounds), _progress())
-    print(f"prefill of {options.context} tokens, then a token at a time; medians of {options.rounds} rounds")
+    timed = compiled(entrants, tokens, lambda line: print(line, flush=True)) if options.compile else entrants
+    timings = time_all(timed, threads, Workload(options.context, options.new_tokens, options.rounds), _progress())
+    how = ", compiled ahead of time" if options.compile else ""
+    print(f"prefill of {options.context} tokens, then a token at a time{how}; medians of {options.rounds} rounds")
     print("\n".join(latency_table(timings)))
     for line in [*paper_lines(timings), *([] if expected is None else [expected])]:
         print(line)

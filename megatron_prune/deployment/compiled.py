@@ -71,9 +71,10 @@ class CompiledModel:
             try:
                 self._steps[key] = _compiled(_Step(self._model), example)
             except (RuntimeError, OSError) as error:
+                name = self._model.config._name_or_path or "the model"
                 raise UserError(
-                    f"{self._model.config._name_or_path or 'the model'} cannot be compiled ({first_line(error)}); a C++ "
-                    "compiler is needed (CXX names another one), or leave out --compile"
+                    f"{name} cannot be compiled ({first_line(error)}); install a C++ compiler, name one in CXX, or leave "
+                    "out --compile"
                 ) from error
         return self._steps[key]
 

@@ -1,6 +1,6 @@
 """Milliseconds of prefill and of a decoded token for several models, as the paper's Table 12 has them.
 
-Batch 1, in stock transformers; GGUF files in llama.cpp. A round times every model at every precision once: rounds are
+Batch 1, in stock transformers, as it is or compiled; GGUF files in llama.cpp. A round times every model at every precision once: rounds are
 interleaved, so that what else the machine does falls on all of them alike. The median of the rounds counts and their
 range is printed.
 """
@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 
 from megatron_prune.deployment.comparison import aligned
+from megatron_prune.deployment.compiled import CompiledModel
 from megatron_prune.deployment.contestants import Contestant
 from megatron_prune.deployment.gguf import GgufModel
 
@@ -107,11 +108,11 @@ def time_once(model: Any, work: Workload, threads: int) -> tuple[float, float]:
     """Milliseconds of a decoded token (the median of several) and of the prefill before them.
 
     Args:
-        model: see :class:`~megatron_prune.deployment.contestants.Contestant`.
+        model: of a :class:`~megatron_prune.deployment.contestants.Contestant`, compiled or not.
         work: what is done.
         threads: of llama.cpp; torch's are what they are.
     """
-    feed = _gguf_feed(model, threads) if isinstance(model, GgufModel) else _torch_feed(model)
+    feed = _feed(model, threads)
     start = time.perf_counter()
     feed(range(work.prompt))
     prefill, times = time.perf_counter() - start, []
@@ -120,6 +121,21 @@ def time_once(model: Any, work: Workload, threads: int) -> tuple[float, float]:
         feed([token])
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times[_WARM_UP:]), 1e3 * prefill
+
+
+def _feed(model: Any, threads: int) -> Callable[[Sequence[int]], object]:
+    if isinstance(model, GgufModel):
+        return _gguf_feed(model, threads)
+    return _compiled_feed(model) if isinstance(model, CompiledModel) else _torch_feed(model)
+
+
+def _compiled_feed(model: CompiledModel) -> Callable[[Sequence[int]], None]:
+    feed = model.start()
+
+    def chosen(tokens: Sequence[int]) -> None:
+        int(feed(tokens).argmax())
+
+    return chosen
 
 
 def _torch_feed(model: Any) -> Callable[[Sequence[int]], None]:
@@ -140,6 +156,28 @@ def _torch_feed(model: Any) -> Callable[[Sequence[int]], None]:
 def _gguf_feed(model: GgufModel, threads: int) -> Callable[[Sequence[int]], None]:
     model.reset()
     return lambda tokens: model.feed(tokens, threads)
+
+
+def compiled(entrants: Sequence[Contestant], length: int, say: Callable[[str], None]) -> list[Contestant]:
+    """The same models to be compiled as they are first run; GGUF files stay as they are.
+
+    Args:
+        entrants: loaded.
+        length: tokens of a prefill and all that is decoded after it.
+        say: called with a line before each compilation.
+    """
+    return [
+        entrant
+        if isinstance(entrant.model, GgufModel)
+        else dataclasses.replace(entrant, model=CompiledModel(entrant.model, length, _announced(entrant, say)))
+        for entrant in entrants
+    ]
+
+
+def _announced(entrant: Contestant, say: Callable[[str], None]) -> Callable[[int, int], None]:
+    return lambda tokens, threads: say(
+        f"compiling {entrant.name} {entrant.precision}: {tokens} token(s) on {threads} thread(s)"
+    )
 
 
 def latency_table(timings: Sequence[Timing]) -> list[str]:

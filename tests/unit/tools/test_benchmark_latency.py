@@ -124,3 +124,12 @@ def test_models_whose_paths_end_alike_have_names_of_their_own() -> None:
     assert short_names(["runs/a/export", "runs/b/export"]) == ["a/export", "b/export"]
     assert short_names(["one/run/export", "two/run/export", "x/y"]) == ["one/run/export", "two/run/export", "x/y"]
     assert short_names(["one/export", "one/export"]) == ["one/export"] * 2
+
+
+def test_compiled_ones_are_announced_and_timed(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(repo_root, "--shape", SHAPE, *QUICK, "--compile") == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line.removeprefix(f"compiling {SHAPE} fp32: ") for line in lines if line.startswith("compiling")]
+    assert said == ["5 token(s) on 1 thread(s)", "1 token(s) on 1 thread(s)"]
+    assert "prefill of 5 tokens, then a token at a time, compiled ahead of time; medians of 2 rounds" in lines
+    assert lines[-1].startswith(SHAPE)
