@@ -73,8 +73,8 @@ class CompiledModel:
             except (RuntimeError, OSError) as error:
                 name = self._model.config._name_or_path or "the model"
                 raise UserError(
-                    f"{name} cannot be compiled ({first_line(error)}); install a C++ compiler, name one in CXX, or leave "
-                    "out --compile"
+                    f"{name} cannot be compiled ({first_line(error)}); install a C++ compiler, name one in CXX, or "
+                    "leave out --compile"
                 ) from error
         return self._steps[key]
 

@@ -1,8 +1,8 @@
 """Milliseconds of prefill and of a decoded token for several models, as the paper's Table 12 has them.
 
-Batch 1, in stock transformers, as it is or compiled; GGUF files in llama.cpp. A round times every model at every precision once: rounds are
-interleaved, so that what else the machine does falls on all of them alike. The median of the rounds counts and their
-range is printed.
+Batch 1, in stock transformers, as it is or compiled; GGUF files in llama.cpp. A round times every model at every
+precision once: rounds are interleaved, so that what else the machine does falls on all of them alike. The median of the
+rounds counts and their range is printed.
 """
 
 from __future__ import annotations
