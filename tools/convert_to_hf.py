@@ -58,9 +58,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.save is None and not checked:
         raise UserError("--save is missing; give the directory that the model goes to")
     if not 1 <= options.max_shard_gb * BYTES_PER_GB < float("inf"):
-        raise UserError(
-            f"--max-shard-gb {options.max_shard_gb:g} must be a size above 0; the default of 5 suits most hubs"
-        )
+        raise UserError(f"--max-shard-gb {options.max_shard_gb:g} must be a size above 0; the default of 5 suits hubs")
     if options.save is not None:
         check_output_directory("--save", options.save)
     if checked:
