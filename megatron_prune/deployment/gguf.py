@@ -98,8 +98,8 @@ def convert(model_dir: Path, llama_cpp: Path, output: Path, outtype: str, pre_to
             converter.main()
         except (SystemExit, Exception) as error:  # another program's main(): it may raise anything
             raise MegatronPruneError(
-                f"llama.cpp's converter gave up on {model_dir} ({first_line(error)}); for a tokenizer it does not "
-                "know give --pre-tokenizer"
+                f"llama.cpp's converter gave up on {model_dir} ({type(error).__name__}: {first_line(error)}); for a "
+                "tokenizer it does not know give --pre-tokenizer"
             ) from error
         finally:
             converter.TextModel.get_vocab_base_pre = recognise

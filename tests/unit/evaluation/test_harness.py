@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_a_directory_without_tasks(tmp_path: Path) -> None:
         tasks_in(tmp_path)
 
 
-def write_task(directory: Path, name: str, file: str = "task", **changes: object) -> None:
+def write_task(directory: Path, name: str, file: str = "task", **changes: Any) -> None:
     """A task of four questions."""
     questions = [{"question": "a", "choices": [" b", " c"], "answer": index % 2} for index in range(4)]
     (directory / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
@@ -147,7 +148,7 @@ def test_a_task_of_ones_own_comes_before_lm_eval_s(
     ],
 )
 def test_a_task_file_that_makes_no_questions(
-    model: Path, tmp_path: Path, changes: dict[str, object], complaint: str
+    model: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
 ) -> None:
     write_task(tmp_path, "mine", **changes)
     with pytest.raises(UserError, match=complaint) as error:
