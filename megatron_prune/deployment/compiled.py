@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class CompiledModel:
         from transformers.integrations.executorch import get_head_shapes
 
         config = self._model.config
-        heads, head_dim = get_head_shapes(config)
+        heads, head_dim = cast("tuple[int, int]", get_head_shapes(config))  # those of all layers are alike
         shape = config.num_hidden_layers, 1, heads, self._length, head_dim
         return torch.zeros(shape, dtype=self._model.dtype), torch.zeros(shape, dtype=self._model.dtype)
 
@@ -91,7 +91,7 @@ class _Step(nn.Module):
 
         layers: list[Any] = []
         for own_keys, own_values in zip(keys.unbind(), values.unbind(), strict=True):
-            layer = StaticLayer(own_keys.shape[2])
+            layer: Any = StaticLayer(own_keys.shape[2])
             layer.lazy_initialization(own_keys, own_values)
             layer.keys, layer.values, layer.cumulative_length = own_keys, own_values, position.clone()
             layers.append(layer)
