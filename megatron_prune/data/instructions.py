@@ -145,7 +145,8 @@ class InstructionSamples:
         highest = max(max(example.tokens) for example in self._examples)
         if highest >= vocab_size:
             raise UserError(
-                f"the tokenizer {tokenizer.name} gives token {highest} but the model has {vocab_size}; give --tokenizer"
+                f"the tokenizer {tokenizer.name} gives token {highest}, but the model's vocabulary has {vocab_size}; "
+                "give the tokenizer that the model was trained with as --tokenizer"
             )
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_prune.config import load_config, validate_config
 from megatron_prune.errors import UserError
-from megatron_prune.tuning import Tuning, check, check_target, trainer_flags
+from megatron_prune.tuning import Tuning, check, check_target, samples_of, trainer_flags
 
 
 def model_directory(tmp_path: Path) -> Path:
@@ -38,6 +38,13 @@ def test_a_run_directory_is_taken_in_the_shape_it_has(tmp_path: Path) -> None:
     assert config.run.finetune
     assert config.run.load == str(tmp_path / "run")
     assert config.model.source == str(tmp_path / "run" / "source")
+
+
+def test_a_tokenizer_that_is_given_is_the_one_that_counts_the_steps(tmp_path: Path, repo_root: Path) -> None:
+    demo, model = repo_root / "examples" / "demo", model_directory(tmp_path)
+    tuning = Tuning(model, demo / "instructions.json", tmp_path / "save", tokenizer=str(demo / "source"))
+    assert len(samples_of(tuning, 2048)) == 84
+    assert load_config(trainer_flags(tuning, 10, 1, [])).model.tokenizer == str(demo / "source")
 
 
 @pytest.mark.parametrize(("batch", "copies", "expected"), [(128, 4, 4), (8, 4, 2), (6, 2, 1), (12, 1, 4), (1, 4, 1)])

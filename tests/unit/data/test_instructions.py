@@ -94,7 +94,7 @@ def test_the_fingerprint_knows_content_and_order() -> None:
 
 
 def test_a_token_outside_the_vocabulary() -> None:
-    with pytest.raises(UserError, match="gives token 117 but the model has 100"):
+    with pytest.raises(UserError, match="gives token 117, but the model's vocabulary has 100; give .* as --tokenizer"):
         samples([EXAMPLE], vocab_size=100)
 
 
