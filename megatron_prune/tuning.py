@@ -70,7 +70,9 @@ def check(tuning: Tuning, flags: Sequence[str]) -> None:
         if flag in DERIVED:
             raise UserError(f"{flag} is set by finetune.py itself; drop it, or call pretrain_prune.py with it")
     if not (math.isfinite(tuning.epochs) and tuning.epochs > 0):
-        raise UserError(f"--epochs {tuning.epochs} must be above 0")
+        raise UserError(f"--epochs {tuning.epochs} must be above 0 and finite")
+    if not (math.isfinite(tuning.lr) and tuning.lr > 0):
+        raise UserError(f"--lr {tuning.lr} must be above 0 and finite")
     if tuning.global_batch_size < 1 or tuning.seq_length < 1:
         raise UserError("--global-batch-size and --seq-length must both be 1 or more")
     if not (tuning.source / "config.json").is_file():

@@ -264,6 +264,34 @@ def test_no_model_is_tuned_from_random_weights(
     assert not (tmp_path / "save").exists()
 
 
+def test_adapters_go_where_something_can_be_written(
+    finetune: Main, tiny: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "file" / "save")]
+    assert finetune([*words, "--lora-rank", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be written (Not a directory)" in line
+
+
+def test_ctrl_c_outside_of_the_training_has_a_shell_s_code(
+    finetune: Main,
+    tiny: Path,
+    demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from megatron_prune import pretrain
+
+    def interrupted(argv: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "main", interrupted)
+    assert finetune([str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "save")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_missing_library_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -62,8 +64,14 @@ def test_flags_that_would_contradict(tmp_path: Path, flag: str) -> None:
 def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a Hugging Face model directory nor the --save of a run"):
         check(Tuning(tmp_path, tmp_path, tmp_path), [])
-    with pytest.raises(UserError, match="--epochs 0 must be above 0"):
-        check(Tuning(model_directory(tmp_path), tmp_path, tmp_path, epochs=0), [])
+
+
+@pytest.mark.parametrize("flag", ["epochs", "lr"])
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
+def test_numbers_that_make_no_training(tmp_path: Path, flag: str, value: float) -> None:
+    tuning = Tuning(model_directory(tmp_path), tmp_path / "data.json", tmp_path / "save")
+    with pytest.raises(UserError, match=f"--{flag} {value} must be above 0 and finite"):
+        check(dataclasses.replace(tuning, **{flag: value}), [])
 
 
 def test_the_model_is_not_written_over(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_no_model_is_named(repo_root: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_targets_are_checked(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(repo_root, "convert_to_hf", "--shape", PAPER, "--check-targets", "vllm,llama.cpp") == 0
+    assert run(repo_root, "convert_to_hf", "--shape", PAPER, "--check-targets", "vllm, llama.cpp") == 0
     out = capsys.readouterr().out
     assert "no   TP 2" in out
     assert "8% of weights are q8_0" in out
@@ -66,6 +66,19 @@ def test_flags_that_do_not_go_together(repo_root: Path, capsys: pytest.CaptureFi
         (["--shape", PAPER, "--load", "x", "--check-targets", "onnx"], "in place of --load"),
         (["--shape", PAPER, "--check-targets", "trt"], "trt is unknown"),
         (["--shape", PAPER, "--check-targets", "onnx", "--save", "x"], "has nothing to write"),
+        (["--shape", PAPER, "--check-targets", " "], "--check-targets names no runtime; there are"),
+        (["--shape", PAPER, "--check-targets", "onnx", "--dtype", "bf16"], "--dtype bf16 has no effect without --save"),
+        (["--shape", PAPER, "--check-targets", "onnx", "--max-shard-gb", "1"], "--max-shard-gb 1.0 has no effect"),
+        (["--load", "x", "--save", "y", "--max-shard-gb", "nan"], "--max-shard-gb nan must be above 0 and finite"),
+        (["--load", "x", "--save", "y", "--max-shard-gb", "inf"], "--max-shard-gb inf must be above 0 and finite"),
+        (["--load", "x", "--save", "y", "--max-shard-gb", "0"], "--max-shard-gb 0.0 must be above 0 and finite"),
     ):
         assert run(repo_root, "convert_to_hf", *arguments) == 2
         assert complaint in capsys.readouterr().err
+
+
+def test_flags_are_not_abbreviated(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(repo_root, "convert_to_hf", "--loa", "x", "--save", "y")
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --loa x" in capsys.readouterr().err
