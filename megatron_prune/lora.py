@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -17,11 +18,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from megatron_prune.checkpoint.hf import export_verified, read_architecture, read_config, replacing
+from megatron_prune.checkpoint.hf import copy_companions, export_verified, read_architecture, read_config, replacing
 from megatron_prune.checkpoint.run_export import MAX_SHARD_BYTES
 from megatron_prune.data.instructions import InstructionSamples
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.scoring import load_causal_lm
+from megatron_prune.evaluation.scoring import load_model
 from megatron_prune.parallel.linear_loss import IGNORED
 from megatron_prune.training.run_dir import locked
 from megatron_prune.tuning import EXPORT_DIR, MAX_MICRO_BATCH, WARMUP_SHARE
@@ -50,14 +51,17 @@ class LoraSettings:
     seed: int
 
 
-def train_adapters(directory: Path, samples: InstructionSamples, settings: LoraSettings, save: Path) -> Path:
+def train_adapters(
+    directory: Path, samples: InstructionSamples, settings: LoraSettings, save: Path, tokenizer: str | None = None
+) -> Path:
     """Train adapters of all linear layers but the head, keep them, and merge them into a model of the usual form.
 
     Args:
-        directory: Hugging Face directory of the model, with its tokenizer.
+        directory: Hugging Face directory of the model.
         samples: what to train on.
         settings: how.
         save: ``adapter`` and ``export`` go here.
+        tokenizer: that goes with the merged model, in place of the model's own.
 
     Returns:
         The directory of the merged model, in fp32, which stock transformers has loaded and found equal.
@@ -74,16 +78,29 @@ def train_adapters(directory: Path, samples: InstructionSamples, settings: LoraS
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would warn of finding none
     with locked(save):
-        return _train_adapters(directory, samples, settings, save)
+        weights = _train(directory, samples, settings, save)
+        with tempfile.TemporaryDirectory() as companions:
+            copy_companions(directory, Path(companions), tokenizer)
+            export_verified(
+                save / EXPORT_DIR,
+                read_architecture(directory),
+                weights,
+                dtype=torch.float32,
+                tokenizer_dir=Path(companions),
+                source_config=read_config(directory),
+                max_shard_bytes=MAX_SHARD_BYTES,
+            )
+    return save / EXPORT_DIR
 
 
-def _train_adapters(directory: Path, samples: InstructionSamples, settings: LoraSettings, save: Path) -> Path:
+def _train(directory: Path, samples: InstructionSamples, settings: LoraSettings, save: Path) -> dict[str, Tensor]:
+    """The merged model's weights by name, once the adapters are kept."""
     import peft
     import transformers
 
     logging.getLogger("peft").setLevel(logging.ERROR)
     transformers.set_seed(settings.seed)
-    model, _ = load_causal_lm(directory)
+    model = load_model(directory)
     adapters = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=ALPHA_PER_RANK * settings.rank,
@@ -103,16 +120,7 @@ def _train_adapters(directory: Path, samples: InstructionSamples, settings: Lora
         weights: dict[str, Tensor] = adapted.merge_and_unload().state_dict()
         if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
             raise UserError(f"the training at --lr {settings.lr:g} ended with weights that are no numbers; lower it")
-    export_verified(
-        save / EXPORT_DIR,
-        read_architecture(directory),
-        weights,
-        dtype=torch.float32,
-        tokenizer_dir=directory,
-        source_config=read_config(directory),
-        max_shard_bytes=MAX_SHARD_BYTES,
-    )
-    return save / EXPORT_DIR
+    return weights
 
 
 def _arguments(settings: LoraSettings, save: Path) -> Any:

@@ -14,7 +14,8 @@ import torch
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.hf import SourceWeights, check_replaceable, read_architecture
 from megatron_prune.checkpoint.run_export import is_run_directory
-from megatron_prune.checkpoint.store import SOURCE_DIR
+from megatron_prune.checkpoint.store import SOURCE_DIR, open_newest
+from megatron_prune.config import Config
 from megatron_prune.data.instructions import InstructionSamples, read_instructions, steps_of
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
@@ -40,6 +41,7 @@ class Tuning:
         seq_length: longest example in tokens; the rest is cut off.
         global_batch_size: examples per optimizer step.
         lr: peak learning rate.
+        tokenizer: what :func:`load_tokenizer` takes, or None for the model's own.
     """
 
     model: Path
@@ -49,6 +51,7 @@ class Tuning:
     seq_length: int = 512
     global_batch_size: int = 128
     lr: float = 2e-5
+    tokenizer: str | None = None
 
     @property
     def source(self) -> Path:
@@ -67,7 +70,9 @@ def check(tuning: Tuning, flags: Sequence[str]) -> None:
         if flag in DERIVED:
             raise UserError(f"{flag} is set by finetune.py itself; drop it, or call pretrain_prune.py with it")
     if not (math.isfinite(tuning.epochs) and tuning.epochs > 0):
-        raise UserError(f"--epochs {tuning.epochs} must be above 0")
+        raise UserError(f"--epochs {tuning.epochs} must be above 0 and finite")
+    if not (math.isfinite(tuning.lr) and tuning.lr > 0):
+        raise UserError(f"--lr {tuning.lr} must be above 0 and finite")
     if tuning.global_batch_size < 1 or tuning.seq_length < 1:
         raise UserError("--global-batch-size and --seq-length must both be 1 or more")
     if not (tuning.source / "config.json").is_file():
@@ -102,13 +107,58 @@ def check_target(save: Path, beside: str) -> None:
         raise UserError(f"--save {save} has a directory {EXPORT_DIR!r} that is not of this tuning; give another --save")
 
 
+def check_finished(settings: Config, fingerprint: str) -> None:
+    """Refuse to give out a finished tuning as the result of settings that it is not the result of.
+
+    More epochs are no such settings: the tuning goes on.
+
+    Args:
+        settings: of the trainer, with the run directory.
+        fingerprint: of the samples.
+
+    Raises:
+        UserError: names the first flag that was another.
+    """
+    assert settings.run.save is not None, "trainer_flags gives it"
+    found = open_newest(Path(settings.run.save))
+    if found is None:
+        return
+    manifest, iters = found.checkpoint.manifest, settings.train.train_iters
+    saved_iters, step = manifest.setting("train", "train_iters"), manifest.progress.step
+    if step < min(iters, saved_iters):
+        return
+
+    def differs(topic: str, name: str, place: bool = False) -> bool:
+        now = getattr(getattr(settings, topic), name)
+        then = manifest.settings[topic].get(name, now)
+        return bool(then != now and not (place and then and now and os.path.realpath(then) == os.path.realpath(now)))
+
+    changes = {
+        "MODEL": differs("model", "source", place=True) or differs("run", "load", place=True),
+        "--seq-length": differs("data", "seq_length"),
+        "--seed": differs("train", "seed"),
+        "--data (or --tokenizer)": manifest.data_fingerprint != fingerprint,
+        "--global-batch-size": differs("train", "global_batch_size"),
+        "--epochs": iters < saved_iters,
+    }
+    fields = (field.name for field in dataclasses.fields(settings.optim))
+    derived = set() if iters == saved_iters else {"lr_warmup_iters"}
+    changes |= {f"--{name.replace('_', '-')}": differs("optim", name) for name in fields if name not in derived}
+    changed = [flag for flag, is_changed in changes.items() if is_changed]
+    if changed:
+        raise UserError(
+            f"--save {settings.run.save} holds a finished tuning with another {changed[0]}; give another --save to "
+            "tune anew, or the same as then"
+        )
+
+
 def samples_of(tuning: Tuning, vocab_size: int, seed: int = 0) -> InstructionSamples:
     """The examples as the trainer sees them.
 
     Raises:
         UserError: the file or the tokenizer is not as it should be.
     """
-    tokenizer = load_tokenizer(str(tuning.source))
+    tokenizer = load_tokenizer(tuning.tokenizer or str(tuning.source))
     return InstructionSamples(read_instructions(tuning.data), tokenizer, tuning.seq_length, seed, vocab_size)
 
 
@@ -144,4 +194,5 @@ def trainer_flags(tuning: Tuning, train_iters: int, copies: int, flags: Sequence
     given = {word.split("=", 1)[0].replace("_", "-") for word in flags if word.startswith("--")}
     made = [part for name, value in values.items() if f"--{name}" not in given for part in (f"--{name}", str(value))]
     start = ["--load", str(tuning.model), "--finetune"] if is_run_directory(tuning.model) else []
+    start += [] if tuning.tokenizer is None else ["--tokenizer", tuning.tokenizer]
     return [*made, *start, *flags]

@@ -15,6 +15,7 @@ is given too.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.hf import read_architecture
 from megatron_prune.checkpoint.hf_source import CONFIG_FILE
-from megatron_prune.checkpoint.run_export import DTYPES, export_run
+from megatron_prune.checkpoint.run_export import DTYPES, MAX_SHARD_BYTES, export_run
 from megatron_prune.checkpoint.store import Checkpoint, newest_checkpoint
 from megatron_prune.config.values import parse_source_shape
 from megatron_prune.deployment.runtimes import check_targets, report, runtime_names
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check-targets", metavar="NAME,...", help=f"of {', '.join(runtime_names())}")
     parser.add_argument("--shape", metavar="KEY=N,...", help="for --check-targets: a shape instead of a run")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the stored weights; default: the run's precision")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weights file in GB (default: 5)")
+    parser.add_argument("--max-shard-gb", type=float, help="largest weights file in GB (default: 5)")
     options = parser.parse_args(argv)
     return run_tool(lambda: _run(options))
 
@@ -57,16 +58,28 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"--save {options.save} has nothing to write: --shape is no run; drop one of them")
     if options.save is None and not checked:
         raise UserError("--save is missing; give the directory that the model goes to")
-    if not 1 <= options.max_shard_gb * BYTES_PER_GB < float("inf"):
-        raise UserError(f"--max-shard-gb {options.max_shard_gb:g} must be a size above 0; the default suits most hubs")
+    for flag, value in (("--dtype", options.dtype), ("--max-shard-gb", options.max_shard_gb)):
+        if options.save is None and value is not None:
+            raise UserError(f"{flag} {value} has no effect without --save; drop it, or say where the model goes")
+    max_shard_bytes = _shard_bytes(options.max_shard_gb)
     if options.save is not None:
         check_output_directory("--save", options.save)
     if checked:
+        names = [name.strip() for name in options.check_targets.split(",") if name.strip()]
+        if not names:
+            raise UserError(f"--check-targets names no runtime; there are {', '.join(runtime_names())}")
         arch = parse_source_shape(options.shape) if options.shape else _architecture(options.load)
-        names = [name.strip() for name in options.check_targets.split(",")]
         print("\n".join(report(check_targets(arch, names))))
     if options.save is not None:
-        _export(options.load, options.save, options.dtype, int(options.max_shard_gb * BYTES_PER_GB))
+        _export(options.load, options.save, options.dtype, max_shard_bytes)
+
+
+def _shard_bytes(gigabytes: float | None) -> int:
+    if gigabytes is None:
+        return MAX_SHARD_BYTES
+    if not (math.isfinite(gigabytes) and gigabytes * BYTES_PER_GB >= 1):
+        raise UserError(f"--max-shard-gb {gigabytes} must be above 0 and finite; the default of 5 suits most hubs")
+    return int(gigabytes * BYTES_PER_GB)
 
 
 def _architecture(path: Path) -> Architecture:

@@ -28,7 +28,17 @@ from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneErr
 from megatron_prune.lora import ADAPTER_DIR, LoraSettings, train_adapters
 from megatron_prune.parallel.mesh import map_launcher_environment
 from megatron_prune.tool import EXIT_INTERRUPTED, check_output
-from megatron_prune.tuning import EXPORT_DIR, Tuning, check, check_target, samples_of, steps, trainer_flags, whole_model
+from megatron_prune.tuning import (
+    EXPORT_DIR,
+    Tuning,
+    check,
+    check_finished,
+    check_target,
+    samples_of,
+    steps,
+    trainer_flags,
+    whole_model,
+)
 
 #: Adapters are few and start at zero: they bear, and need, larger steps.
 LORA_LR = 2e-4
@@ -41,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Tune, export, and answer if asked to.
 
     Returns:
-        The exit code: 0, 2 for bad input, 75 stopped with a complete checkpoint, 1 anything else.
+        The exit code: 0, 2 for bad input, 75 stopped with a complete checkpoint, 130 on Ctrl-C before or after the
+        training, 1 anything else.
     """
     options, flags = _parser().parse_known_args(argv)
     if options.lora_rank is None:  # else variables of a launcher would have other libraries make process groups
@@ -84,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "--global-batch-size", type=int, default=Tuning.global_batch_size, help="examples per step (default: 128)"
     )
     parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {FULL_LR:g}; with LoRA {LORA_LR:g})")
+    parser.add_argument("--tokenizer", metavar="NAME", help="in place of the model's own: directory, file or hub id")
     parser.add_argument("--lora-rank", type=int, metavar="R", help="train adapters by peft instead, in one process")
     parser.add_argument("--generate", type=Path, metavar="FILE", help="then write responses in AlpacaEval's format")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="instructions to respond to (default: --data's)")
@@ -109,6 +121,7 @@ def _tuning(options: argparse.Namespace) -> Tuning:
         seq_length=options.seq_length,
         global_batch_size=options.global_batch_size,
         lr=default if options.lr is None else options.lr,
+        tokenizer=options.tokenizer,
     )
 
 
@@ -118,9 +131,11 @@ def _train(tuning: Tuning, flags: Sequence[str], is_main: bool) -> int:
 
     check_target(tuning.save, CHECKPOINTS)
     arch = read_architecture(tuning.source) if is_run_directory(tuning.model) else whole_model(tuning.model)
-    samples = samples_of(tuning, arch.vocab_size)
+    seed = load_config(trainer_flags(tuning, 1, 1, flags)).train.seed
+    samples = samples_of(tuning, arch.vocab_size, seed)
     train_iters = steps(tuning, samples)
     settings = load_config(trainer_flags(tuning, train_iters, 1, flags))
+    check_finished(settings, samples.fingerprint())
     if is_main:
         _describe(tuning, samples, train_iters)
     copies = max(1, int(os.environ["WORLD_SIZE"]) // settings.parallel.model_parallel_size)
@@ -142,7 +157,7 @@ def _adapt(tuning: Tuning, options: argparse.Namespace, flags: Sequence[str]) ->
     train_iters = steps(tuning, samples)
     _describe(tuning, samples, train_iters)
     settings = LoraSettings(options.lora_rank, tuning.lr, train_iters, tuning.global_batch_size, seed=0)
-    merged = train_adapters(model, samples, settings, tuning.save)
+    merged = train_adapters(model, samples, settings, tuning.save, tuning.tokenizer)
     print(f"{merged}: adapters of rank {options.lora_rank} merged, ready for transformers", flush=True)
     return 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,8 @@ from megatron_prune.data.tokenizer import Tokenizer
 from megatron_prune.errors import UserError
 
 _FINGERPRINT_DIGITS: Final = 16
+#: JSON can spell them one by one; UTF-8 has none.
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +62,54 @@ def read_instructions(path: Path, with_output: bool = True) -> list[Instruction]
         UserError: the file is missing or empty, or an entry is not as it should be; says which.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        entries = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
+        text = path.read_text(encoding="utf-8-sig")
+        entries = _array(text) if text.lstrip().startswith("[") else _lines(text)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no file of instructions ({error}); give Alpaca's JSON: [{{...}}, ...]") from error
     if not entries:
         raise UserError(f"{path} holds no instruction; give at least one")
-    return [_parsed(path, number, entry, with_output) for number, entry in enumerate(entries, start=1)]
+    return [_parsed(f"{path}: {where}", entry, with_output) for where, entry in entries]
 
 
-def _lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+def _array(text: str) -> list[tuple[str, Any]]:
+    return [(f"entry {number}", entry) for number, entry in enumerate(_decoded(text), start=1)]
 
 
-def _parsed(path: Path, number: int, entry: object, with_output: bool) -> Instruction:
+def _lines(text: str) -> list[tuple[str, Any]]:
+    """Entries with their lines; only a line feed ends one, as other separators may stand in a text as they are."""
+    entries = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                entries.append((f"line {number}", _decoded(line)))
+            except json.JSONDecodeError as error:  # which says line 1
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return entries
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _parsed(where: str, entry: object, with_output: bool) -> Instruction:
     needed = ("instruction", "output") if with_output else ("instruction",)
     values = entry if isinstance(entry, dict) else {}
-    for key in needed:
-        if not isinstance(values.get(key), str) or not values[key]:
-            raise UserError(f"{path}: entry {number} has no text under {key!r}; all need {' and '.join(needed)}")
-    return Instruction(values["instruction"], str(values.get("input") or ""), str(values.get("output") or ""))
+    texts = {key: "" if values.get(key) is None else values[key] for key in ("instruction", "input", "output")}
+    for key, text in texts.items():
+        if key in needed and (not isinstance(text, str) or not text):
+            raise UserError(f"{where} has no text under {key!r}; all need {' and '.join(needed)}")
+        if not isinstance(text, str):
+            raise UserError(
+                f"{where} has a value of type {type(text).__name__} under {key!r}; give a text, or leave it out"
+            )
+        if _SURROGATE.search(text):
+            raise UserError(f"{where} has half a surrogate pair under {key!r}, which is no text; mend or drop it")
+    return Instruction(**texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +176,8 @@ class InstructionSamples:
         highest = max(max(example.tokens) for example in self._examples)
         if highest >= vocab_size:
             raise UserError(
-                f"the tokenizer {tokenizer.name} gives token {highest} but the model has {vocab_size}; give --tokenizer"
+                f"the tokenizer {tokenizer.name} gives token {highest}, but the model's vocabulary has {vocab_size}; "
+                "give the tokenizer that the model was trained with as --tokenizer"
             )
 
     def __len__(self) -> int:

@@ -79,6 +79,21 @@ def test_a_tuned_model_follows_instructions_it_was_not_shown(
     assert "step 1/84" not in again
     assert json.loads((tmp_path / "answers.json").read_text()) == answers
 
+    (tmp_path / "other.json").write_text((demo / "instructions.json").read_text().replace("value", "other"))
+    shutil.copytree(demo / "source", tmp_path / "model")
+    kept = (tmp_path / "answers.json").stat().st_mtime_ns
+    for changed, named in (
+        (["--data", str(tmp_path / "other.json")], "--data"),
+        (["--lr", "1e-3"], "--lr"),
+        (["--epochs", "4"], "--epochs"),
+        (["--weight-decay", "0.1"], "--weight-decay"),
+    ):
+        assert finetune([*words, *changed]) == 2
+        assert f"holds a finished tuning with another {named}" in capsys.readouterr().err
+    assert finetune([str(tmp_path / "model"), *words[1:]]) == 2
+    assert "holds a finished tuning with another MODEL" in capsys.readouterr().err
+    assert (tmp_path / "answers.json").stat().st_mtime_ns == kept
+
 
 @pytest.fixture(scope="module")
 def tiny(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -120,6 +135,14 @@ def test_adapters_change_the_model_and_are_merged(
     assert load_tokenizer(str(tmp_path / "adapted" / "export")).eod_id == load_tokenizer(str(tiny)).eod_id
     assert finetune([*words, "--precision", "fp32"]) == 2
     assert "--precision goes to the trainer, which --lora-rank does not use" in capsys.readouterr().err
+
+
+def test_adapters_go_with_the_tokenizer_that_is_given(finetune: Main, tiny: Path, demo: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    words = [str(model), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "adapted")]
+    words += ["--lora-rank", "2", "--epochs", "0.1", "--tokenizer", str(demo / "source")]
+    assert finetune(words) == 0
+    assert load_tokenizer(str(tmp_path / "adapted" / "export")).eod_id == load_tokenizer(str(tiny)).eod_id
 
 
 def test_adapters_that_are_no_numbers_leave_what_was_there(
@@ -239,6 +262,34 @@ def test_no_model_is_tuned_from_random_weights(
     expected = {"missing": "has neither model.safetensors nor", "truncated": "is no readable safetensors file"}
     assert expected[damage] in line
     assert not (tmp_path / "save").exists()
+
+
+def test_adapters_go_where_something_can_be_written(
+    finetune: Main, tiny: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "file" / "save")]
+    assert finetune([*words, "--lora-rank", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be written (Not a directory)" in line
+
+
+def test_ctrl_c_outside_of_the_training_has_a_shell_s_code(
+    finetune: Main,
+    tiny: Path,
+    demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from megatron_prune import pretrain
+
+    def interrupted(argv: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "main", interrupted)
+    assert finetune([str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "save")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_missing_library_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 
 from megatron_prune.config import load_config, validate_config
 from megatron_prune.errors import UserError
-from megatron_prune.tuning import Tuning, check, check_target, trainer_flags
+from megatron_prune.tuning import Tuning, check, check_target, samples_of, trainer_flags
 
 
 def model_directory(tmp_path: Path) -> Path:
@@ -40,6 +42,13 @@ def test_a_run_directory_is_taken_in_the_shape_it_has(tmp_path: Path) -> None:
     assert config.model.source == str(tmp_path / "run" / "source")
 
 
+def test_a_tokenizer_that_is_given_is_the_one_that_counts_the_steps(tmp_path: Path, repo_root: Path) -> None:
+    demo, model = repo_root / "examples" / "demo", model_directory(tmp_path)
+    tuning = Tuning(model, demo / "instructions.json", tmp_path / "save", tokenizer=str(demo / "source"))
+    assert len(samples_of(tuning, 2048)) == 84
+    assert load_config(trainer_flags(tuning, 10, 1, [])).model.tokenizer == str(demo / "source")
+
+
 @pytest.mark.parametrize(("batch", "copies", "expected"), [(128, 4, 4), (8, 4, 2), (6, 2, 1), (12, 1, 4), (1, 4, 1)])
 def test_micro_batches_divide_a_copy_s_share(tmp_path: Path, batch: int, copies: int, expected: int) -> None:
     tuning = Tuning(tmp_path, tmp_path, tmp_path, global_batch_size=batch)
@@ -55,8 +64,14 @@ def test_flags_that_would_contradict(tmp_path: Path, flag: str) -> None:
 def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a Hugging Face model directory nor the --save of a run"):
         check(Tuning(tmp_path, tmp_path, tmp_path), [])
-    with pytest.raises(UserError, match="--epochs 0 must be above 0"):
-        check(Tuning(model_directory(tmp_path), tmp_path, tmp_path, epochs=0), [])
+
+
+@pytest.mark.parametrize("flag", ["epochs", "lr"])
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
+def test_numbers_that_make_no_training(tmp_path: Path, flag: str, value: float) -> None:
+    tuning = Tuning(model_directory(tmp_path), tmp_path / "data.json", tmp_path / "save")
+    with pytest.raises(UserError, match=f"--{flag} {value} must be above 0 and finite"):
+        check(dataclasses.replace(tuning, **{flag: value}), [])
 
 
 def test_the_model_is_not_written_over(tmp_path: Path) -> None:

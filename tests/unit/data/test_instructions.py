@@ -94,7 +94,7 @@ def test_the_fingerprint_knows_content_and_order() -> None:
 
 
 def test_a_token_outside_the_vocabulary() -> None:
-    with pytest.raises(UserError, match="gives token 117 but the model has 100"):
+    with pytest.raises(UserError, match="gives token 117, but the model's vocabulary has 100; give .* as --tokenizer"):
         samples([EXAMPLE], vocab_size=100)
 
 
@@ -113,6 +113,10 @@ def test_reading(tmp_path: Path) -> None:
     assert read_instructions(path) == expected
     path.write_text("\n".join(map(json.dumps, entries)) + "\n")
     assert read_instructions(path) == expected
+    path.write_text("\ufeff" + "\r\n".join(map(json.dumps, entries)))
+    assert read_instructions(path) == expected
+    path.write_text('{"instruction": "A\u2028B", "input": null, "output": "C"}', encoding="utf-8")
+    assert read_instructions(path) == [Instruction("A\u2028B", "", "C")]
     path.write_text('[{"instruction": "Say"}]')
     assert read_instructions(path, with_output=False) == [Instruction("Say")]
 
@@ -128,11 +132,29 @@ def test_reading(tmp_path: Path) -> None:
             "entry 2 has no text under 'output'",
         ),
         ("nonsense", "is no file of instructions"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"instruction": "a", "output": ' + "[" * 100_000, "line 1: nested too deeply"),
+        ('[{"instruction": "\\ud800", "output": "b"}]', "entry 1 has half a surrogate pair under 'instruction'"),
+        ('[{"instruction": "a", "output": "\\udc00"}]', "entry 1 has half a surrogate pair under 'output'"),
+        (
+            '[{"instruction": "a", "input": 5, "output": "b"}]',
+            "entry 1 has a value of type int under 'input'; give a text",
+        ),
+        (
+            '[{"instruction": "a", "input": [], "output": "b"}]',
+            "entry 1 has a value of type list under 'input'; give a text",
+        ),
+        ('[{"instruction": "a", "output": 5}]', "entry 1 has no text under 'output'"),
+        (
+            '{"instruction": "a", "output": "b\u2028\x85c"}\n\n{"instruction": 1}',
+            "line 3 has no text under 'instruction'",
+        ),
+        ('{"instruction": "a\u2028", "output": "b"}\n{"instruction"', "line 2, column 15: "),
     ],
 )
 def test_reading_what_is_wrong(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "data.json"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         read_instructions(path)
 

@@ -242,6 +242,19 @@ def test_flags_that_do_not_go_together(repo_root: Path, capsys: pytest.CaptureFi
         (["--load", "x", "--save", "y", "--max-shard-gb", "nan"], "--max-shard-gb nan must be a size above 0"),
         (["--load", "x", "--save", "y", "--max-shard-gb", "inf"], "--max-shard-gb inf must be a size above 0"),
         (["--shape", PAPER, "--check-targets", "onnx", "--save", "x"], "has nothing to write"),
+        (["--shape", PAPER, "--check-targets", " "], "--check-targets names no runtime; there are"),
+        (["--shape", PAPER, "--check-targets", "onnx", "--dtype", "bf16"], "--dtype bf16 has no effect without --save"),
+        (["--shape", PAPER, "--check-targets", "onnx", "--max-shard-gb", "1"], "--max-shard-gb 1.0 has no effect"),
+        (["--load", "x", "--save", "y", "--max-shard-gb", "nan"], "--max-shard-gb nan must be above 0 and finite"),
+        (["--load", "x", "--save", "y", "--max-shard-gb", "inf"], "--max-shard-gb inf must be above 0 and finite"),
+        (["--load", "x", "--save", "y", "--max-shard-gb", "0"], "--max-shard-gb 0.0 must be above 0 and finite"),
     ):
         assert run(repo_root, "convert_to_hf", *arguments) == 2
         assert complaint in capsys.readouterr().err
+
+
+def test_flags_are_not_abbreviated(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(repo_root, "convert_to_hf", "--loa", "x", "--save", "y")
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --loa x" in capsys.readouterr().err
