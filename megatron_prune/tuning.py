@@ -147,8 +147,8 @@ def check_finished(settings: Config, fingerprint: str) -> None:
     changed = [flag for flag, is_changed in changes.items() if is_changed]
     if changed:
         raise UserError(
-            f"--save {settings.run.save} holds a finished tuning with another {changed[0]}; give another --save to tune "
-            "anew, or the same as then"
+            f"--save {settings.run.save} holds a finished tuning with another {changed[0]}; "
+            "give another --save to tune anew, or the same as then"
         )
 
 

@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Tune, export, and answer if asked to.
 
     Returns:
-        The exit code: 0, 2 for bad input, 75 stopped with a complete checkpoint, 130 on Ctrl-C before or after the training,
-        1 anything else.
+        The exit code: 0, 2 for bad input, 75 stopped with a complete checkpoint, 130 on Ctrl-C before or after
+        the training, 1 anything else.
     """
     options, flags = _parser().parse_known_args(argv)
     if options.lora_rank is None:  # else variables of a launcher would have other libraries make process groups

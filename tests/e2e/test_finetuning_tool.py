@@ -167,7 +167,7 @@ def test_a_merged_model_that_is_not_what_was_trained_is_put_aside(
     load = transformers.AutoModelForCausalLM.from_pretrained
 
     def load_changed(directory: Path, **options: Any) -> Any:
-        loaded = load(directory, **options)
+        loaded: Any = load(directory, **options)
         if options.get("output_loading_info"):
             loaded[0].lm_head.weight.data[0, 0] += 1
         return loaded
