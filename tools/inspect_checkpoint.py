@@ -22,7 +22,8 @@ from typing import Any
 from megatron_prune.checkpoint.files import DamagedCheckpoint
 from megatron_prune.checkpoint.inspect import damages, describe, description_dict, find_step, run_steps
 from megatron_prune.checkpoint.inspect_text import format_description
-from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
+from megatron_prune.errors import EXIT_BAD_INPUT, UserError
+from megatron_prune.tool import run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,11 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="recompute all checksums and name what is damaged")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
-    try:
-        return _inspect(options)
-    except MegatronPruneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
+    return run_tool(lambda: _inspect(options))
 
 
 def _inspect(options: argparse.Namespace) -> int:

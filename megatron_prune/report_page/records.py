@@ -31,6 +31,9 @@ WIDTH_NAMES: Final[Mapping[str, str]] = {
     "stem": "hidden_size",
 }
 
+#: No run has so many steps or tokens.
+_BEYOND: Final = 1 << 63
+
 Parsed = TypeVar("Parsed")
 
 
@@ -185,10 +188,13 @@ def read_run(run_dir: Path) -> Run:
 
 
 def number(value: object) -> float | None:
-    """A finite number of a file that anyone may have written, or None."""
+    """A finite number of a file that anyone may have written, or None; a whole one beyond a float's range is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if math.isfinite(value) else None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _parsed(path: Path, parse: Callable[[bytes], Parsed], notes: list[str]) -> Iterable[Parsed]:
@@ -216,15 +222,19 @@ def _parsed(path: Path, parse: Callable[[bytes], Parsed], notes: list[str]) -> I
 def _metrics_line(content: bytes) -> list[dict[str, Any]]:
     """The line, or nothing where it is neither training nor validation. Raises ValueError if it is damaged."""
     line = json.loads(content)
-    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
+    if not isinstance(line, dict) or not _is_count(line.get("step")):
         raise ValueError("no object with a step")
     if "loss" not in line and "val_loss" not in line:
         return []
-    if "loss" in line and (type(line.get("tokens")) is not int or line["step"] == 0):
-        raise ValueError("no tokens")
-    if type(line.get("tokens", 0)) is not int:
-        raise ValueError("tokens are a whole number")
+    if "loss" in line and line["step"] == 0:
+        raise ValueError("no step")
+    if not _is_count(line.get("tokens", None if "loss" in line else 0)):
+        raise ValueError("no number of tokens")
     return [line]
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < _BEYOND
 
 
 def _ledger_line(content: bytes) -> list[Event]:

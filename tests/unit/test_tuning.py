@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -69,9 +68,10 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["epochs", "lr"])
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
 def test_numbers_that_make_no_training(tmp_path: Path, flag: str, value: float) -> None:
-    tuning = Tuning(model_directory(tmp_path), tmp_path / "data.json", tmp_path / "save")
+    numbers = {flag: value}
+    tuning = Tuning(model_directory(tmp_path), tmp_path, tmp_path, **numbers)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=f"--{flag} {value} must be above 0 and finite"):
-        check(dataclasses.replace(tuning, **{flag: value}), [])
+        check(tuning, [])
 
 
 def test_the_model_is_not_written_over(tmp_path: Path) -> None:

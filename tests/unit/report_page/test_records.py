@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.errors import UserError
+from megatron_prune.report_page.page import page
 from megatron_prune.report_page.records import read_run
 from megatron_prune.report_page.state import RECENT_SECONDS
 from megatron_prune.report_page.summary import seconds_left, target_share
@@ -96,6 +98,9 @@ class TestState:
         assert read_run(run_dir).state.name == "stopped"
 
 
+_HUGE = b'{"step": 1, "loss": 2.0, "tokens": 1' + 400 * b"0" + b"}"
+
+
 class TestDamage:
     def test_torn_last_lines_are_not_worth_a_note(self, run_dir: Path) -> None:
         whole = read_run(run_dir)
@@ -106,7 +111,15 @@ class TestDamage:
 
     @pytest.mark.parametrize(
         "line",
-        [b"\0\0\0\0", b"[1]", b'{"step": "x", "loss": 1}', b'{"step": 3, "loss": 1}', b"\xff\xfe", b"[" * 100_000],
+        [
+            b"\0\0\0\0",
+            b"[1]",
+            b'{"step": "x", "loss": 1}',
+            b'{"step": 3, "loss": 1}',
+            b"\xff\xfe",
+            b"[" * 100_000,
+            _HUGE,
+        ],
     )
     def test_a_damaged_line_is_left_out_and_told(self, run_dir: Path, line: bytes) -> None:
         path = run_dir / "metrics.jsonl"
@@ -127,7 +140,9 @@ class TestDamage:
     def test_a_value_of_another_type_is_a_gap(self, run_dir: Path) -> None:
         with (run_dir / "metrics.jsonl").open("a") as file:
             file.write('{"step": 162, "tokens": 82944, "loss": null, "tokens_per_second": "fast", "lr": true}\n')
+            file.write(f'{{"step": 162, "tokens": 82944, "loss": 1{400 * "0"}, "grad_norm": NaN, "parameters": []}}\n')
         run = read_run(run_dir)
+        assert not re.search(r"\bNaN\b|Infinity", page(run).partition("<script")[2].partition("</script>")[0])
         assert run.last_step == 162
         assert not run.notes
 
