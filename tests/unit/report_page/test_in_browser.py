@@ -74,18 +74,35 @@ def test_a_finished_run(browser: str, tmp_path: Path, make_run: Callable[..., Pa
     assert ">finished</span>" in document
 
 
-def test_a_running_run_on_a_phone_in_the_dark(browser: str, tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_a_running_run_on_a_phone(browser: str, tmp_path: Path, make_run: Callable[..., Path]) -> None:
     run_dir, file = make_run(tmp_path / "running", upto=160), tmp_path / "run.html"
     with (run_dir / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 162, "tok')
     with locked(run_dir):
         write_page(read_run(run_dir), file)
-    document, log = _open(
-        browser, file, "--dump-dom", "--window-size=390,844", "--blink-settings=preferredColorScheme=0"
-    )
+    measure = "document.documentElement.dataset.widths = [innerWidth, document.documentElement.scrollWidth]"
+    file.write_text(file.read_text().replace("</body>", f"<script>{measure}</script></body>"))
+    document, log = _open(browser, file, "--dump-dom", "--window-size=390,844")
     _check(document, log)
     assert ">running</span>" in document
     assert " left" in document
+    widths = re.search(r'data-widths="(\d+),(\d+)"', document)
+    assert widths is not None
+    assert int(widths[1]) <= 500, "a window as narrow as the browser makes one"
+    assert int(widths[2]) <= int(widths[1]), "nothing to scroll sideways"
+
+
+def test_the_dark_is_dark(browser: str, tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    from matplotlib.image import imread
+
+    file, brightness = tmp_path / "run.html", []
+    write_page(read_run(make_run(tmp_path / "run")), file)
+    for scheme in (0, 1):  # dark and light
+        picture = tmp_path / f"{scheme}.png"
+        _open(browser, file, f"--screenshot={picture}", f"--blink-settings=preferredColorScheme={scheme}")
+        brightness.append(float(imread(picture)[..., :3].mean()))
+    assert brightness[0] < 0.3
+    assert brightness[1] > 0.7
 
 
 def test_a_screenshot_is_not_blank(browser: str, tmp_path: Path, make_run: Callable[..., Path]) -> None:
