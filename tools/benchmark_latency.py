@@ -82,6 +82,8 @@ def _run(options: argparse.Namespace) -> None:
         )
     check_output("--json", options.json)
     check_output("--plot", options.plot)
+    if options.plot is not None:
+        _check_picture(options.plot)
     expected = None if options.predict is None else _expected(options.predict, options.models[:1])
     threads, beyond = thread_counts(options.threads)
     if beyond:
@@ -103,13 +105,20 @@ def _run(options: argparse.Namespace) -> None:
         _plot(entrants, timings, options)
 
 
-def _plot(entrants: Sequence[Contestant], timings: Sequence[Timing], options: argparse.Namespace) -> None:
+def _check_picture(file: Path) -> None:
+    """That matplotlib is there and can write such a file, before anything is timed."""
     try:
-        from megatron_prune.deployment.latency_plot import plot_family
+        from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
         raise UserError("--plot needs matplotlib, which is not installed; run: pip install matplotlib") from error
+    ending, known = file.suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()
+    if ending and ending not in known:
+        raise UserError(f"--plot {file} is no kind of picture; let its name end in one of {', '.join(sorted(known))}")
+
+
+def _plot(entrants: Sequence[Contestant], timings: Sequence[Timing], options: argparse.Namespace) -> None:
+    from megatron_prune.deployment.latency_plot import plot_family
+
     text = token_batch(Path(options.models[0]), documents_or_held_out(options.text), LOSS_SAMPLES, LOSS_LENGTH)
     losses = {(entrant.name, entrant.precision): validation_loss(entrant.model, text.split(1)) for entrant in entrants}
     for (name, precision), loss in losses.items():

@@ -19,15 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.files import DamagedCheckpoint
-from megatron_prune.checkpoint.inspect import damages, describe, description_dict, find_step, run_steps
-from megatron_prune.checkpoint.inspect_text import format_description
 from megatron_prune.errors import EXIT_BAD_INPUT, UserError
 from megatron_prune.tool import run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print; returns the exit code: 0, or 2 for bad input and for damage."""
+    """Print; returns the exit code: 0, 2 for bad input and for damage, 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -40,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    # Here, where Ctrl-C ends in one line: they take seconds.
+    from megatron_prune.checkpoint.files import DamagedCheckpoint
+    from megatron_prune.checkpoint.inspect import damages, describe, description_dict, find_step, run_steps
+    from megatron_prune.checkpoint.inspect_text import format_description
+
     if options.events < 0:
         raise UserError(f"--events {options.events} must be 0 or more")
     steps = list(run_steps(options.path, options.verify))
