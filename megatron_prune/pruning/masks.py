@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import math
 from collections.abc import Mapping
 from typing import Final
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor
 
 from megatron_prune.architecture import Architecture
-from megatron_prune.errors import UserError
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.pruning.groups import GROUP_TYPES, GroupType, MiniGroup, remove
 from megatron_prune.pruning.planner import width
@@ -36,6 +34,8 @@ FIRST_LOGIT: Final = 2.5  # nearly all masks begin open: 98 % of the draws, and 
 WARMUP: Final = 0.5
 #: Part of the steps in which masks are learned; in the others they are led to 0 and 1.
 LEARN: Final = 0.8
+_MOMENTS: Final = ("exp_avg", "exp_avg_sq")  # as torch's Adam calls them
+_MOST_DIGITS: Final = 12  # of a number of steps
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -124,7 +124,6 @@ class MaskLearner:
         self._learning = int(LEARN * steps)
         self._leading = steps - self._learning
         self._seed = seed
-        self._lr = lr
         self.axes = {
             kind: _axis(1 if kind == "stem" else source.num_layers, width(kind, source), target[kind], device)
             for kind in GROUP_TYPES
@@ -177,37 +176,50 @@ class MaskLearner:
         self._ascent.step()
 
     def state(self) -> str:
-        """All that has been learned, as text."""
-        axes = {kind: (axis.logits, axis.linear, axis.quadratic) for kind, axis in self.axes.items()}
-        content = {
-            "axes": {kind: [tensor.detach().cpu() for tensor in tensors] for kind, tensors in axes.items()},
-            "descent": self._descent.state_dict(),
-            "ascent": self._ascent.state_dict(),
-        }
-        file = io.BytesIO()
-        torch.save(content, file)
-        return base64.b64encode(file.getvalue()).decode("ascii")
+        """All that has been learned, as text: steps of the optimizers, units of each axis, the values to the bit."""
+        steps, values = 0, list[Tensor]()
+        for optimizer, tensor in self._trained():
+            entry = optimizer.state.get(tensor, {})
+            steps = int(entry.get("step", 0))
+            values += [tensor, *(entry.get(moment, torch.zeros_like(tensor)) for moment in _MOMENTS)]
+        flat = torch.cat([value.detach().cpu().reshape(-1) for value in values]).numpy()
+        return f"{steps}:{self._units()}:{base64.b64encode(flat.astype('<f4').tobytes()).decode('ascii')}"
 
     def restore(self, state: str) -> None:
-        """Take up what :meth:`state` has written; the learning rate is that of now.
+        """Take up what :meth:`state` has written.
 
         Raises:
-            UserError: these are masks for another target.
+            ValueError: it is no such text, or that of masks for other axes.
         """
-        content = torch.load(io.BytesIO(base64.b64decode(state)), weights_only=True)
-        saved = content["axes"]
-        if {kind: axes[0].shape for kind, axes in saved.items()} != {k: a.logits.shape for k, a in self.axes.items()}:
-            raise UserError(
-                f"the checkpoint has masks of {', '.join(saved)} and --target-shape shrinks {', '.join(self.axes)}: "
-                "give the shape it was begun with, or start anew with another --save"
-            )
-        with torch.no_grad():
-            for kind, axis in self.axes.items():
-                for tensor, value in zip((axis.logits, axis.linear, axis.quadratic), saved[kind], strict=True):
-                    tensor.copy_(value)
-        for optimizer, name in ((self._descent, "descent"), (self._ascent, "ascent")):
-            optimizer.load_state_dict(content[name])
-            optimizer.param_groups[0]["lr"] = self._lr
+        steps, _, rest = state.partition(":")
+        axes, _, packed = rest.partition(":")
+        if axes != self._units():
+            raise ValueError(f"its masks are of {axes[:99] or 'nothing'}, and now {self._units()} shrink")
+        flat = np.frombuffer(base64.b64decode(packed, validate=True), "<f4")
+        trained = self._trained()
+        sizes = [tensor.numel() for _, tensor in trained for _ in range(1 + len(_MOMENTS))]
+        if not (steps.isascii() and steps.isdigit() and len(steps) <= _MOST_DIGITS):
+            raise ValueError("its masks have learned for no number of steps")
+        if flat.size != sum(sizes) or not np.isfinite(flat).all():
+            raise ValueError("its masks are too few, too many or no numbers")
+        parts = iter(torch.from_numpy(flat.astype(np.float32)).split(sizes))
+        for optimizer, tensor in trained:
+            with torch.no_grad():
+                tensor.copy_(next(parts).view_as(tensor))
+            moments = {moment: next(parts).view_as(tensor).to(tensor.device) for moment in _MOMENTS}
+            if int(steps):
+                optimizer.state[tensor] = {"step": torch.tensor(float(steps)), **moments}
+
+    def _trained(self) -> list[tuple[torch.optim.Adam, Tensor]]:
+        """Every tensor that learns, with its optimizer."""
+        return [
+            pair
+            for axis in self.axes.values()
+            for pair in ((self._descent, axis.logits), (self._ascent, axis.linear), (self._ascent, axis.quadratic))
+        ]
+
+    def _units(self) -> str:
+        return ",".join(f"{kind}={axis.logits.numel()}" for kind, axis in self.axes.items())
 
     def removals(self, partition: Partition) -> list[tuple[MiniGroup, float, Partition]]:
         """What leaves exactly the target: groups, the mean mask of each, and the placement after it.

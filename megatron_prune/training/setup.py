@@ -54,7 +54,7 @@ from megatron_prune.training.removals import Removals
 from megatron_prune.training.report import Reporter
 from megatron_prune.training.resume import put_aside, resumed
 from megatron_prune.training.run_dir import replace_text, writing
-from megatron_prune.training.sheared import MEMORY, Shears
+from megatron_prune.training.sheared import MEMORY, Shears, take_up
 from megatron_prune.training.speed import Throughput, peak_flops
 from megatron_prune.training.targets import make_budget
 
@@ -147,6 +147,8 @@ def _progress(config: Config, inputs: Inputs, budget: Budget | None, partition: 
     met = budget is None or budget.met(partition.architecture())
     progress = resumed(config, inputs.checkpoint.manifest, met)
     _check_begun(config, progress)
+    if config.baseline.sheared_iters is not None and progress.saliency:
+        take_up(_mask_learner(config, inputs.source, torch.device("cpu")), progress.saliency)
     return progress
 
 
@@ -192,7 +194,8 @@ def _check_begun(config: Config, progress: Progress) -> None:
     elif progress.saliency.startswith(MEMORY):
         return
     else:
-        flag, why = f"--sheared-iters {baseline.sheared_iters}", "it was trained without masks"
+        why = "its masks have been cut already" if progress.events else "it was trained without masks"
+        flag = f"--sheared-iters {baseline.sheared_iters}"
     raise UserError(
         f"{flag} cannot go on from the checkpoint of step {progress.step}: {why}; start anew with another --save"
     )
@@ -260,16 +263,20 @@ def _pruner(
 
 
 def _shears(config: Config, progress: Progress, engine: PruningEngine, mesh: Mesh) -> Shears:
-    baseline, source = config.baseline, engine.partition.source
+    steps = config.baseline.sheared_iters
+    assert steps is not None
+    shears = Shears(engine, mesh, _mask_learner(config, engine.partition.source, mesh.device), steps)
+    shears.remember(progress.saliency)
+    return shears
+
+
+def _mask_learner(config: Config, source: Architecture, device: torch.device) -> MaskLearner:
+    baseline = config.baseline
     assert baseline.sheared_iters is not None
     assert config.prune.target_shape is not None, "validate_config checks it"
     hidden, ffn, heads = parse_shape(config.prune.target_shape).resolve(source)
     target: dict[GroupType, int] = {"stem": hidden, "ffn": ffn, "attention": heads}
-    steps, seed = baseline.sheared_iters, config.train.seed
-    learner = MaskLearner(source, target, baseline.sheared_lr, steps, seed, mesh.device)
-    shears = Shears(engine, mesh, learner, steps)
-    shears.remember(progress.saliency)
-    return shears
+    return MaskLearner(source, target, baseline.sheared_lr, baseline.sheared_iters, config.train.seed, device)
 
 
 def _all_units(source: Architecture) -> int:

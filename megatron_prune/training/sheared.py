@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.architecture import Architecture
+from megatron_prune.errors import UserError
 from megatron_prune.model.masks import ModelMasks, UnitMask
 from megatron_prune.parallel.collectives import sum_over_stage_
 from megatron_prune.parallel.mesh import Mesh
@@ -23,6 +24,23 @@ from megatron_prune.training.engine import PruningEngine
 
 #: How the text begins that a checkpoint keeps: then the step its masks are drawn for, and what has been learned.
 MEMORY: Final = "masks"
+
+
+def take_up(learner: MaskLearner, memory: str) -> int:
+    """Give a learner what a checkpoint holds of its masks; returns the step that they are to be drawn for.
+
+    Raises:
+        UserError: the checkpoint holds none, or those of another target.
+    """
+    step, _, state = memory.removeprefix(f"{MEMORY}:").partition(":")
+    try:
+        learner.restore(state)
+        return int(step)
+    except ValueError as error:
+        raise UserError(
+            f"--sheared-iters cannot go on from this checkpoint: {error}; give the --target-shape it was begun with, "
+            "or start anew with another --save"
+        ) from error
 
 
 class Shears:
@@ -69,12 +87,10 @@ class Shears:
         """Take up such a text; an empty one is that of a start.
 
         Raises:
-            UserError: it is of masks for another target.
+            UserError: it is none, or of masks for another target.
         """
         if memory:
-            _, step, state = memory.split(":", 2)
-            self._learner.restore(state)
-            self._draw(int(step))
+            self._draw(take_up(self._learner, memory))
 
     @property
     def chosen(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from itertools import pairwise
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_prune.architecture import Architecture, uniform_kv_groups
-from megatron_prune.errors import UserError
 from megatron_prune.parallel.partition import Partition
 from megatron_prune.pruning.groups import GroupType
 from megatron_prune.pruning.masks import LEARN, MaskLearner, draw, open_probability, penalty, settled
@@ -118,8 +118,24 @@ def test_what_was_learned_is_taken_up(gains: dict[GroupType, Tensor]) -> None:
 
 
 def test_masks_of_another_target_are_refused() -> None:
-    with pytest.raises(UserError, match="the checkpoint has masks of .*attention.* shrinks ffn: give"):
+    with pytest.raises(ValueError, match="its masks are of attention=12,ffn=80,stem=24, and now ffn=80 shrink"):
         _learner(target={"attention": 6, "ffn": 15, "stem": 24}).restore(_learner().state())
+
+
+def test_what_is_no_state_is_refused() -> None:
+    steps, units, packed = _learner().state().split(":")
+    infinite = base64.b64encode(np.full(len(base64.b64decode(packed)) // 4, np.inf, "<f4").tobytes()).decode()
+    for text in (
+        "",
+        "x",
+        "::",
+        f"-1:{units}:{packed}",
+        f"1:{units}:{packed[:-8]}",
+        f"1:{units}:{infinite}",
+        f"1:{units}:é",
+    ):
+        with pytest.raises(ValueError, match="masks|character|ASCII|padding|buffer"):
+            _learner().restore(text)
 
 
 def test_what_gains_most_is_kept(learned: MaskLearner, gains: dict[GroupType, Tensor]) -> None:

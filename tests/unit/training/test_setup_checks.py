@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,20 @@ def test_before_the_first_step_and_after_pruning_it_goes_on(progress: Progress) 
 
 def test_masks_go_on() -> None:
     _check_begun(SHEARED, Progress(step=4, saliency="masks:4:"))
+
+
+@pytest.mark.parametrize("memory", ["masks:4:3:stem=30:AAAA", "masks", "masks:x:3:ffn=132:AAAA", "1:AAAA"])
+def test_masks_of_another_target_are_refused_before_the_run_begins(
+    tmp_path: Path, hold_states: Any, memory: str
+) -> None:
+    manifest = hold_states().manifest
+    manifest = dataclasses.replace(manifest, progress=dataclasses.replace(manifest.progress, saliency=memory))
+    manifest.settings["baseline"]["sheared_iters"] = 20
+    config = with_values(Config(), {"save": str(tmp_path), "sheared_iters": 20, "target_shape": "ffn=30"})
+    checkpoint = SimpleNamespace(path=tmp_path / "checkpoints" / "step_00000008", manifest=manifest)
+    inputs: Any = SimpleNamespace(source=manifest.partition.source, replay=None, checkpoint=checkpoint)
+    with pytest.raises(UserError, match="--sheared-iters (20 )?cannot go on from"):
+        check_start(config, inputs)
 
 
 @pytest.mark.parametrize(
