@@ -71,11 +71,14 @@ def heads_within_kv_bytes(prune: PruneConfig, source: Architecture) -> int:
     """
     assert prune.target_kv_bytes is not None
     budget = parse_count(prune.target_kv_bytes)
-    widths = source.hidden_size, source.ffn_hidden_size
+    widths, heads = (source.hidden_size, source.ffn_hidden_size), 1
     for heads in reversed(aligned_heads(source, prune)):
         if shape_between(source, *widths, heads, prune.gqa_mode).kv_bytes_per_token() <= budget:
             return heads
-    raise UserError(f"--target-kv-bytes {prune.target_kv_bytes} is less than one head takes: ask for more")
+    raise UserError(
+        f"--target-kv-bytes {prune.target_kv_bytes} is less than {heads} of the source's heads take, the fewest that a "
+        "search may end with: ask for more"
+    )
 
 
 def _aligned_floor(prune: PruneConfig, source: Architecture) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from megatron_prune.architecture import Architecture
 from megatron_prune.config.schema import PRUNE_AXES, Config
-from megatron_prune.config.targets import floor_shape, shape_between
+from megatron_prune.config.targets import floor_shape, heads_within_kv_bytes, shape_between
 from megatron_prune.config.validate_baseline import baseline_problems
 from megatron_prune.config.validate_search import search_problems, search_problems_of
 from megatron_prune.config.values import (
@@ -337,6 +337,8 @@ def _budgets(config: Config, arch: Architecture) -> list[str]:
         return []
     largest = arch.num_parameters()
     floor = floor_shape(prune, arch)
+    if prune.target_kv_bytes is not None:  # where the search ends, and heads alone are pruned
+        floor = floor[0], floor[1], heads_within_kv_bytes(prune, arch)
     lowest = shape_between(arch, *floor, prune.gqa_mode, "most").num_parameters()  # reached whichever K/V heads go
     if prune.replay is not None:
         lowest = 0  # the ledger says how far it goes

@@ -30,7 +30,7 @@ class Precision:
         num_bytes: of the weights.
         perplexity: on held-out text, per token.
         accuracy: mean share of questions answered rightly over the tasks, or None without questions.
-        decode_ms: milliseconds a token at batch 1 in transformers, the fastest tenth of a few dozen.
+        decode_ms: milliseconds a token at batch 1 in transformers, the median of a few dozen.
     """
 
     name: str

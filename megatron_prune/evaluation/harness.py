@@ -129,8 +129,12 @@ def evaluate(
     with _quiet():
         asked = {name: _load(manager, name, task_dir, limit) for name in tasks}
         loaded, tokenizer = load_causal_lm(directory, "auto")
+        # lm-eval 0.4.13's cache mistakes one question for another where the two are one text, parted at different places.
         model: Any = HFLM(
-            loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer=tokenizer, batch_size=batch_size
+            loaded.to("cuda" if torch.cuda.is_available() else "cpu"),
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            logits_cache=False,
         )
         for name, parts in asked.items():
             found = lm_eval.simple_evaluate(

@@ -29,7 +29,8 @@ from megatron_prune.parallel.mesh import Mesh
 from megatron_prune.pruning.cost import LatencyTable, knots_between
 
 LATENCY_FILE: Final = "latency.json"
-_POINTS: Final = 3  # along each axis
+_POINTS: Final = 4  # along hidden and ffn, between which a time is bent more than a product: caches
+_HEAD_POINTS: Final = 3
 _ROUNDS: Final = 3  # over the grid: what disturbs one is hardly there in all
 _WARM_UP: Final = 3  # tokens
 _LEAST, _MOST, _SECONDS = 10, 60, 0.5  # tokens timed for one number
@@ -120,7 +121,7 @@ def measured_table(config: Config, source: Architecture, timer: Timer) -> Latenc
     """Time a grid of shapes between the source and the floor of its pruning, several times; the least counts."""
     floor, mode = floor_shape(config.prune, source), config.prune.gqa_mode
     counts = [count for count in reachable_heads(source, mode) if count >= floor[2]]
-    wanted = knots_between(floor[2], source.num_attention_heads, _POINTS)
+    wanted = knots_between(floor[2], source.num_attention_heads, _HEAD_POINTS)
     nearest = {min(counts, key=lambda count: abs(count - heads)) for heads in wanted}
     # Where K/V heads begin to go, the slope along the heads changes.
     bend = {source.num_query_groups} if mode == "balanced" and floor[2] < source.num_query_groups else set()
@@ -162,7 +163,7 @@ def decode_ms(arch: Architecture, context: int, dtype: torch.dtype, device: torc
 def time_decoding(model: Any, context: int) -> float:
     """Milliseconds in which a transformers model decodes one token at batch 1.
 
-    The fastest tenth of a few dozen tokens: what else the machine does only ever adds to a time.
+    The median of a few dozen tokens, as ``tools/benchmark_latency.py`` has it.
 
     Args:
         model: any causal language model of transformers, in evaluation or training mode.
@@ -185,4 +186,4 @@ def time_decoding(model: Any, context: int) -> float:
         int(logits[0, -1].argmax())  # waits for the device, as a decoder must
         times.append(time.perf_counter() - before)
         cache.crop(-1)
-    return 1e3 * statistics.quantiles(times[_WARM_UP:], n=10)[0]
+    return 1e3 * statistics.median(times[_WARM_UP:])

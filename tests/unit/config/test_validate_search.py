@@ -91,7 +91,7 @@ def test_wrong_settings_are_explained(values: dict[str, Any], problem: str) -> N
         ({"target_kv_bytes": "4K"}, GROUPED, "give --gqa-mode balanced"),
         ({"target_params": "50M", "prune_cost": "latency"}, GROUPED, "--prune-cost latency counts the K/V heads"),
         ({"target_kv_bytes": "1B"}, PLAIN, "is not below the source's 15,360 bytes a token"),
-        ({"target_kv_bytes": "100"}, PLAIN, "is less than one head takes"),
+        ({"target_kv_bytes": "100"}, PLAIN, "is less than 1 of the source's heads take"),
         ({"target_shape": "heads=7", "gqa_mode": "balanced"}, GROUPED, "use one of 10, 5, 4, 3, 2, 1"),
         ({"target_shape": "ffn=9,heads=5", "trajectory": ("ffn",)}, GROUPED, "lacks attention, which --target-shape"),
         ({"target_params": "50M", "final_align": 1024}, PLAIN, "--final-align 1024 is above the source's hidden 960"),
