@@ -28,6 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_prune.checkpoint.hf import read_architecture
+from megatron_prune.deployment.compiled import no_trace_on_disk
 from megatron_prune.deployment.contestants import PRECISIONS, Contestant, contestants
 from megatron_prune.deployment.latency_table import (
     Timing,
@@ -93,7 +94,8 @@ def _run(options: argparse.Namespace) -> None:
     tokens = options.context + options.new_tokens + 8
     entrants = list(contestants(options.models, options.shape, options.precision, tokens))
     timed = compiled(entrants, tokens, lambda line: print(line, flush=True)) if options.compile else entrants
-    timings = time_all(timed, threads, Workload(options.context, options.new_tokens, options.rounds), _progress())
+    with no_trace_on_disk():
+        timings = time_all(timed, threads, Workload(options.context, options.new_tokens, options.rounds), _progress())
     how = ", compiled ahead of time" if options.compile else ""
     print(f"prefill of {options.context} tokens, then a token at a time{how}; medians of {options.rounds} rounds")
     print("\n".join(latency_table(timings)))

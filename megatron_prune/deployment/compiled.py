@@ -7,9 +7,11 @@ its tensors are inputs that the compiled step writes into, so that prefill and d
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +23,9 @@ from megatron_prune.evaluation.scoring import first_line
 
 
 class CompiledModel:
-    """A model's forward at the numbers of tokens and threads that it is run with, compiled when first needed.
+    """A model's forward at the numbers of tokens that it is run with, compiled when first needed.
+
+    Each holds the weights once more. Those for another number of threads are dropped.
 
     Args:
         model: of transformers, a decoder of the Llama kind, in evaluation mode on the CPU.
@@ -34,7 +38,8 @@ class CompiledModel:
         self._model = model
         self._length = length
         self._about_to_compile = about_to_compile
-        self._steps: dict[tuple[int, int], Callable[..., Tensor]] = {}
+        self._steps: dict[int, Callable[..., Tensor]] = {}
+        self._threads = 0
 
     def start(self) -> Callable[[Sequence[int]], Tensor]:
         """A new sequence: what it returns takes tokens after those it took before, and gives the logits ``[vocab]`` of
@@ -64,19 +69,21 @@ class CompiledModel:
         return torch.zeros(shape, dtype=self._model.dtype), torch.zeros(shape, dtype=self._model.dtype)
 
     def _step(self, tokens: int) -> Callable[..., Tensor]:
-        key = tokens, torch.get_num_threads()  # the compiled loops are for so many
-        if key not in self._steps:
-            self._about_to_compile(*key)
+        threads = torch.get_num_threads()  # compiled loops are for so many
+        if threads != self._threads:
+            self._steps, self._threads = {}, threads
+        if tokens not in self._steps:
+            self._about_to_compile(tokens, threads)
             example = torch.zeros(1, tokens, dtype=torch.long), torch.tensor(0), *self._cache()
             try:
-                self._steps[key] = _compiled(_Step(self._model), example)
+                self._steps[tokens] = _compiled(_Step(self._model), example)
             except (RuntimeError, OSError) as error:
                 name = self._model.config._name_or_path or "the model"
                 raise UserError(
                     f"{name} cannot be compiled ({first_line(error)}); install a C++ compiler, name one in CXX, or "
                     "leave out --compile"
                 ) from error
-        return self._steps[key]
+        return self._steps[tokens]
 
 
 class _Step(nn.Module):
@@ -99,6 +106,20 @@ class _Step(nn.Module):
             input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1
         ).logits
         return logits[0, -1]
+
+
+@contextmanager
+def no_trace_on_disk() -> Iterator[None]:
+    """Within, what the compiler keeps for another time, weights first, goes to a directory that does not stay."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory(prefix="compiled-") as directory:
+        os.environ[name] = directory
+        try:
+            yield
+        finally:
+            os.environ.pop(name)
+            os.environ.update({} if before is None else {name: before})
 
 
 def _compiled(step: nn.Module, example: tuple[Tensor, ...]) -> Callable[..., Tensor]:

@@ -129,7 +129,7 @@ def evaluate(
     with _quiet():
         asked = {name: _load(manager, name, task_dir, limit) for name in tasks}
         loaded, tokenizer = load_causal_lm(directory, "auto")
-        # lm-eval 0.4.13's cache mistakes one question for another where the two are one text, parted at different places.
+        # lm-eval 0.4.13's cache mistakes one question for another where both are one text, parted at different places.
         model: Any = HFLM(
             loaded.to("cuda" if torch.cuda.is_available() else "cpu"),
             tokenizer=tokenizer,
