@@ -12,6 +12,10 @@ from pathlib import Path
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 
 EXIT_INTERRUPTED = 130  # a shell's code for Ctrl-C
+_OF_MODELS_AND_RUNS = (
+    *("*.safetensors*", "*.bin", "config.json", "generation_config.json", "*token*.json", "tokenizer.model", "*.jinja"),
+    *("vocab.json", "merges.txt", "metrics.jsonl", "ledger.jsonl", "config.yaml", "latency.json"),
+)
 
 
 def run_tool(action: Callable[[], int | None]) -> int:
@@ -66,6 +70,11 @@ def check_output_directory(flag: str, directory: Path) -> None:
     if directory.is_file():
         raise UserError(f"{flag} {directory} is a file; name a directory")
     _check_writable(flag, directory, "directory")
+
+
+def files_of(*directories: Path) -> list[Path]:
+    """The files of models and runs that a command reads: none of them may be what it writes."""
+    return [file for directory in directories for pattern in _OF_MODELS_AND_RUNS for file in directory.glob(pattern)]
 
 
 def beside(directory: Path, ending: str) -> Path:

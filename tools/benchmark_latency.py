@@ -42,7 +42,7 @@ from megatron_prune.deployment.latency_table import (
 from megatron_prune.deployment.texts import documents_or_held_out, token_batch
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.scoring import validation_loss
-from megatron_prune.tool import check_output, run_tool
+from megatron_prune.tool import check_output, files_of, run_tool
 from megatron_prune.training.latency import LATENCY_FILE, read_table
 
 LOSS_SAMPLES, LOSS_LENGTH = 32, 256  # held-out tokens of --plot
@@ -81,8 +81,9 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(
             "--plot is about Hugging Face directories: neither a --shape nor a GGUF file has its loss measured"
         )
-    check_output("--json", options.json)
-    check_output("--plot", options.plot)
+    inputs = [*map(Path, options.models), *files_of(*map(Path, options.models))]
+    check_output("--json", options.json, inputs)
+    check_output("--plot", options.plot, inputs)
     if options.plot is not None:
         _check_picture(options.plot)
     expected = None if options.predict is None else _expected(options.predict, options.models[:1])

@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.gguf import OUTTYPES, compare_greedy, convert, require_llama_cpp
 from megatron_prune.errors import EXIT_FAILURE, UserError
-from megatron_prune.tool import beside, check_output, run_tool
+from megatron_prune.tool import beside, check_output, files_of, run_tool
 
 PROMPTS = ("def read_lines(path):\n    ", "import os\nimport sys\n\nclass ", "The quick brown fox")
 
@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("--prompt TEXT is some text for --check N to continue; give both")
     if options.check:
         require_llama_cpp("--check")
-    check_output("--output", options.output)
+    check_output("--output", options.output, files_of(options.model))
     directory = model_directory(options.model)
     output = options.output or beside(directory, f"-{options.outtype}.gguf")
     named = convert(directory, options.llama_cpp, output, options.outtype, options.pre_tokenizer)

@@ -26,7 +26,7 @@ from megatron_prune.evaluation.harness import DataMissing, Scores, evaluate, pre
 from megatron_prune.evaluation.offline import write_offline_tasks
 from megatron_prune.evaluation.published import COMMON_SENSE, MMLU
 from megatron_prune.evaluation.report import paper_row, paper_table, plain_rows, plain_table
-from megatron_prune.tool import check_output, run_tool
+from megatron_prune.tool import check_output, files_of, run_tool
 
 SUITES = ("auto", "commonsense", "offline")
 
@@ -56,7 +56,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
         raise UserError("--batch-size and --limit must be 1 or more")
     _check_together(options)
-    check_output("--output", options.output)
+    check_output("--output", options.output, files_of(options.model))
     if options.keep_tasks is not None:
         check_output("--keep-tasks", options.keep_tasks / "offline_next_word.yaml")
     online = prepare_environment()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_prune.checkpoint.run_export import model_directory
 from megatron_prune.deployment.onnx_export import export_onnx
-from megatron_prune.tool import beside, check_output, run_tool
+from megatron_prune.tool import beside, check_output, files_of, run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    check_output("--output", options.output)
+    check_output("--output", options.output, files_of(options.model))
     directory = model_directory(options.model)
     report = export_onnx(directory, options.output or beside(directory, ".onnx"))
     print(

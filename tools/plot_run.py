@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prune.errors import EXIT_BAD_INPUT, UserError
-from megatron_prune.tool import EXIT_INTERRUPTED
+from megatron_prune.tool import EXIT_INTERRUPTED, check_output, files_of
 
 HTML_FILE = "run.html"
 
@@ -77,8 +77,7 @@ def _write_html(run_dir: Path, file: Path, seconds: float | None) -> None:
 
     if seconds is not None and not (math.isfinite(seconds) and seconds >= 1):
         raise UserError(f"--watch {seconds:g} must be a number of seconds, 1 or more")
-    if file.is_dir():
-        raise UserError(f"--html {file} is a directory; name a file in it")
+    check_output("--html", file, files_of(run_dir))
     first = True
     while True:
         run = read_run(run_dir)

@@ -31,7 +31,7 @@ from megatron_prune.deployment.texts import documents_or_held_out, token_batch, 
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.cloze import make_questions, task_names
 from megatron_prune.evaluation.offline import SEED
-from megatron_prune.tool import beside, check_output, check_output_directory, run_tool
+from megatron_prune.tool import beside, check_output, check_output_directory, files_of, run_tool
 
 LENGTH = 256  # tokens of a sample, of text that is measured and of text that is calibrated with
 
@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be {LENGTH} or more")
     if options.questions < 0:
         raise UserError(f"--questions {options.questions} must be 0 or more")
-    check_output("--json", options.json)
+    check_output("--json", options.json, files_of(options.model))
     if options.output is not None:
         check_output_directory("--output", options.output)
     export = model_directory(options.model)
