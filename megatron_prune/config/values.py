@@ -108,6 +108,8 @@ def parse_source_shape(text: str) -> Architecture:
         raise UserError(f"source shape {text!r}: {heads} heads do not divide into {kv_heads} kv_heads")
     if "head_dim" not in fields and hidden % heads:
         raise UserError(f"source shape {text!r}: hidden {hidden} is no multiple of heads {heads}, so give head_dim too")
+    if fields.get("head_dim", hidden // heads) % 2:
+        raise UserError(f"source shape {text!r}: rotary positions turn channels in pairs, so give an even head_dim")
     return Architecture(
         family="qwen3" if fields.get("qk_norm") else "qwen2" if fields.get("qkv_bias") else "llama",
         num_layers=fields["layers"],

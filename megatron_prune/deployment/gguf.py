@@ -151,7 +151,8 @@ def compare_greedy(model_dir: Path, gguf: Path, prompts: Sequence[str], count: i
             found.append(int(token))
             if len(found) == count:
                 break
-        same_prompt = theirs.tokenize(prompt.encode(), add_bos=False, special=False) == tokens
+        plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        same_prompt = theirs.tokenize(prompt.encode(), add_bos=False, special=False) == plain
         theirs.close()
         expected = _greedy(model, tokens, count)
         pairs = list(zip(found, expected, strict=True))

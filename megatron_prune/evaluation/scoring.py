@@ -23,7 +23,9 @@ from megatron_prune.evaluation.cloze import Question
 #: For a model whose config does not say how long a sequence it takes.
 DEFAULT_MAX_LENGTH: Final = 2048
 #: What transformers raises for a directory that is no model, or a damaged one, or one that a missing package wrote.
-LOADING_ERRORS: Final = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+LOADING_ERRORS: Final = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError),
+)
 
 
 @dataclasses.dataclass(frozen=True)

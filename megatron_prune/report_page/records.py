@@ -262,7 +262,9 @@ def _exports(run_dir: Path, config: Config | None, events: Sequence[Event]) -> t
     wanted = () if config is None else config.prune.export_at
     directory = run_dir / EXPORTS
     there = sorted(path.name for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
-    names = [*wanted, *(name for name in there if name not in wanted and not name.startswith("."))]
+    # What tools/quantize.py made of a snapshot is beside it.
+    others = (name for name in there if name not in wanted and not name.startswith(".") and not name.endswith("-int8"))
+    names = [*wanted, *others]
     written = {name: (directory / name / "config.json").is_file() for name in names}
     return tuple(
         Export(name, f"{EXPORTS}/{name}", written[name], _crossed(name, written[name], events)) for name in names

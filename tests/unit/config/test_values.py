@@ -71,6 +71,11 @@ def test_bad_shape(text: str, message: str) -> None:
         parse_shape(text)
 
 
+def test_an_odd_head_has_no_rotary_positions() -> None:
+    with pytest.raises(UserError, match="give an even head_dim"):
+        parse_source_shape("hidden=15,ffn=8,heads=3,layers=1,vocab=9")
+
+
 def test_source_shape_of_a_qwen() -> None:
     arch = parse_source_shape("hidden=3584,ffn=18944,heads=28,kv_heads=4,layers=28,vocab=152064,qkv_bias=1")
     assert (arch.family, arch.head_dim, arch.num_query_groups, arch.tie_embeddings) == ("qwen2", 128, 4, False)
