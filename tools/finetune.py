@@ -32,7 +32,7 @@ from megatron_prune.tuning import (
     EXPORT_DIR,
     Tuning,
     check,
-    check_finished,
+    check_same,
     check_target,
     samples_of,
     steps,
@@ -135,7 +135,7 @@ def _train(tuning: Tuning, flags: Sequence[str], is_main: bool) -> int:
     samples = samples_of(tuning, arch.vocab_size, seed)
     train_iters = steps(tuning, samples)
     settings = load_config(trainer_flags(tuning, train_iters, 1, flags))
-    check_finished(settings, samples.fingerprint())
+    check_same(settings, samples.fingerprint())
     if is_main:
         _describe(tuning, samples, train_iters)
     copies = max(1, int(os.environ["WORLD_SIZE"]) // settings.parallel.model_parallel_size)
