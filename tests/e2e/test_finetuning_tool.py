@@ -153,6 +153,30 @@ def test_an_unfinished_tuning_goes_on_with_its_own_model_and_data_only(
     assert "holds an unfinished tuning with another MODEL" in capsys.readouterr().err
 
 
+def test_a_dry_run_answers_nothing(finetune: Main, tiny: Path, demo: Path, tmp_path: Path) -> None:
+    save, answers = tmp_path / "tuned", tmp_path / "answers.json"
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(save), "--dry-run"]
+    words += ["--generate", str(answers)]
+    assert finetune(words) == 0
+    assert not save.exists()
+    assert not answers.exists()
+
+
+def test_adapters_see_one_gpu(
+    finetune: Main,
+    tiny: Path,
+    demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "adapted")]
+    assert finetune([*words, "--lora-rank", "2"]) == 2
+    assert "works on one GPU and 2 are visible; set CUDA_VISIBLE_DEVICES=0" in capsys.readouterr().err
+    assert not (tmp_path / "adapted").exists()
+
+
 def test_adapters_change_the_model_and_are_merged(
     finetune: Main, tiny: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
