@@ -67,14 +67,18 @@ def train_adapters(
         The directory of the merged model, in fp32, which stock transformers has loaded and found equal.
 
     Raises:
-        UserError: peft is not installed, there is no model, ``save`` cannot be written or is in use, or the training
-            ended with weights that are no numbers; then nothing is written.
+        UserError: peft is not installed, several GPUs are visible, there is no model, ``save`` cannot be written or is
+            in use, or the training ended with weights that are no numbers; then nothing is written.
         MegatronPruneError: what was written is not what was trained.
     """
     if settings.rank < 1:
         raise UserError(f"--lora-rank {settings.rank} must be 1 or more")
     if importlib.util.find_spec("peft") is None:  # accelerate, which transformers' Trainer needs, comes with it
         raise UserError("--lora-rank needs the package peft; pip install peft")
+    if torch.cuda.device_count() > 1:  # the Trainer would give each of them a batch of its own
+        raise UserError(
+            f"--lora-rank works on one GPU and {torch.cuda.device_count()} are visible; set CUDA_VISIBLE_DEVICES=0"
+        )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would warn of finding none
     with locked(save):

@@ -14,11 +14,13 @@ import torch
 from megatron_prune.architecture import Architecture
 from megatron_prune.checkpoint.hf import SourceWeights, check_replaceable, read_architecture
 from megatron_prune.checkpoint.run_export import is_run_directory
-from megatron_prune.checkpoint.store import SOURCE_DIR, open_newest
+from megatron_prune.checkpoint.store import CHECKPOINTS, SOURCE_DIR, open_newest, step_directories
 from megatron_prune.config import Config
+from megatron_prune.config.yaml_file import read_yaml
 from megatron_prune.data.instructions import InstructionSamples, read_instructions, steps_of
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
+from megatron_prune.training.inputs import BASE_FILE, base_digest
 
 #: Where the tuned model goes, under the run directory.
 EXPORT_DIR: Final = "export"
@@ -93,22 +95,39 @@ def whole_model(directory: Path) -> Architecture:
 
 
 def check_target(save: Path, beside: str) -> None:
-    """Keep a model that something else wrote, such as pruning or the model to tune itself, from being replaced.
+    """Keep what something else wrote, such as pruning or the model to tune itself, from being resumed or replaced.
 
     Args:
         save: run directory of the tuning.
         beside: what a tuning of this kind has left beside its export.
 
     Raises:
-        UserError: there is an export that it has not written.
+        UserError: there is a run or an export that it has not written.
     """
+    if _holds_run(save) and not (beside == CHECKPOINTS and _holds_tuning(save)):
+        raise UserError(f"--save {save} is the directory of another run, which would be lost; give another --save")
     check_replaceable(save / EXPORT_DIR)
     if (save / EXPORT_DIR).exists() and not (save / beside).is_dir():
         raise UserError(f"--save {save} has a directory {EXPORT_DIR!r} that is not of this tuning; give another --save")
 
 
-def check_finished(settings: Config, fingerprint: str) -> None:
-    """Refuse to give out a finished tuning as the result of settings that it is not the result of.
+def _holds_run(save: Path) -> bool:
+    metrics = save / "metrics.jsonl"
+    logged = metrics.is_file() and metrics.stat().st_size > 0
+    return logged or (save / "config.yaml").exists() or bool(step_directories(save))
+
+
+def _holds_tuning(save: Path) -> bool:
+    """Whether all that is recorded of a run says that it learnt instructions."""
+    found, config = open_newest(save), save / "config.yaml"
+    records = [] if found is None else [found.checkpoint.manifest.settings.get("data", {})]
+    records += [read_yaml(str(config))] if config.exists() else []
+    return bool(records) and all(record.get("instruction_data") is not None for record in records)
+
+
+def check_same(settings: Config, fingerprint: str) -> None:
+    """Refuse to go on with another model or other data, or to give out a finished tuning as the result of settings
+    that it is not the result of.
 
     More epochs are no such settings: the tuning goes on.
 
@@ -125,31 +144,45 @@ def check_finished(settings: Config, fingerprint: str) -> None:
         return
     manifest, iters = found.checkpoint.manifest, settings.train.train_iters
     saved_iters, step = manifest.setting("train", "train_iters"), manifest.progress.step
-    if step < min(iters, saved_iters):
-        return
+    is_finished = step >= min(iters, saved_iters)
 
     def differs(topic: str, name: str, place: bool = False) -> bool:
         now = getattr(getattr(settings, topic), name)
         then = manifest.settings[topic].get(name, now)
         return bool(then != now and not (place and then and now and os.path.realpath(then) == os.path.realpath(now)))
 
+    is_other = _is_other_base(settings)
+    if is_other is None:
+        is_other = differs("model", "source", place=True) or differs("run", "load", place=True)
     changes = {
-        "MODEL": differs("model", "source", place=True) or differs("run", "load", place=True),
+        "MODEL": is_other,
         "--seq-length": differs("data", "seq_length"),
         "--seed": differs("train", "seed"),
         "--data (or --tokenizer)": manifest.data_fingerprint != fingerprint,
-        "--global-batch-size": differs("train", "global_batch_size"),
-        "--epochs": iters < saved_iters,
     }
-    fields = (field.name for field in dataclasses.fields(settings.optim))
-    derived = set() if iters == saved_iters else {"lr_warmup_iters"}
-    changes |= {f"--{name.replace('_', '-')}": differs("optim", name) for name in fields if name not in derived}
+    if is_finished:
+        changes |= {"--global-batch-size": differs("train", "global_batch_size"), "--epochs": iters < saved_iters}
+        fields = (field.name for field in dataclasses.fields(settings.optim))
+        derived = set() if iters == saved_iters else {"lr_warmup_iters"}
+        changes |= {f"--{name.replace('_', '-')}": differs("optim", name) for name in fields if name not in derived}
     changed = [flag for flag, is_changed in changes.items() if is_changed]
     if changed:
         raise UserError(
-            f"--save {settings.run.save} holds a finished tuning with another {changed[0]}; give another --save to "
-            "tune anew, or the same as then"
+            f"--save {settings.run.save} holds {'a finished' if is_finished else 'an unfinished'} tuning with another "
+            f"{changed[0]}; give another --save to tune anew, or the same as then"
         )
+
+
+def _is_other_base(settings: Config) -> bool | None:
+    """Whether the tuning was started from other weights than it would be now; None if it has not recorded them."""
+    run, source = settings.run, settings.model.source
+    assert run.save is not None, "trainer_flags gives it"
+    assert source is not None, "so it does here"
+    record = Path(run.save) / BASE_FILE
+    if not record.is_file():
+        return None
+    base = open_newest(Path(run.load)) if run.load is not None else None
+    return record.read_bytes() != base_digest(Path(source) if base is None else base.checkpoint.path).encode()
 
 
 def samples_of(tuning: Tuning, vocab_size: int, seed: int = 0) -> InstructionSamples:

@@ -32,7 +32,7 @@ from megatron_prune.tuning import (
     EXPORT_DIR,
     Tuning,
     check,
-    check_finished,
+    check_same,
     check_target,
     samples_of,
     steps,
@@ -66,9 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         tuning = _tuning(options)
         check(tuning, flags)
         asked = _asked(options, tuning.source) if is_main and options.generate is not None else None
-        code = _adapt(tuning, options, flags) if options.lora_rank is not None else _train(tuning, flags, is_main)
-        if code or not is_main:
-            return code
+        if options.lora_rank is not None:
+            _adapt(tuning, options, flags)
+        else:
+            code, is_dry_run = _train(tuning, flags, is_main)
+            if code or is_dry_run:
+                return code
         if asked is not None:
             _generate(tuning, options.generate, asked, options.max_new_tokens)
     except MegatronPruneError as error:
@@ -125,8 +128,12 @@ def _tuning(options: argparse.Namespace) -> Tuning:
     )
 
 
-def _train(tuning: Tuning, flags: Sequence[str], is_main: bool) -> int:
-    """All parameters, by the trainer, on as many processes as there are."""
+def _train(tuning: Tuning, flags: Sequence[str], is_main: bool) -> tuple[int, bool]:
+    """All parameters, by the trainer, on as many processes as there are.
+
+    Returns:
+        The exit code, and whether --dry-run was given, which makes no model.
+    """
     from megatron_prune import pretrain
 
     check_target(tuning.save, CHECKPOINTS)
@@ -135,7 +142,7 @@ def _train(tuning: Tuning, flags: Sequence[str], is_main: bool) -> int:
     samples = samples_of(tuning, arch.vocab_size, seed)
     train_iters = steps(tuning, samples)
     settings = load_config(trainer_flags(tuning, train_iters, 1, flags))
-    check_finished(settings, samples.fingerprint())
+    check_same(settings, samples.fingerprint())
     if is_main:
         _describe(tuning, samples, train_iters)
     copies = max(1, int(os.environ["WORLD_SIZE"]) // settings.parallel.model_parallel_size)
@@ -143,10 +150,10 @@ def _train(tuning: Tuning, flags: Sequence[str], is_main: bool) -> int:
     if code == 0 and is_main and not settings.run.dry_run:
         done = export_run(tuning.save, tuning.save / EXPORT_DIR)
         print(f"{done.report.directory}: {done.report.hf_class}, verified, ready for transformers", flush=True)
-    return code
+    return code, settings.run.dry_run
 
 
-def _adapt(tuning: Tuning, options: argparse.Namespace, flags: Sequence[str]) -> int:
+def _adapt(tuning: Tuning, options: argparse.Namespace, flags: Sequence[str]) -> None:
     if flags:
         raise UserError(f"{flags[0]} goes to the trainer, which --lora-rank does not use; drop it")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -159,7 +166,6 @@ def _adapt(tuning: Tuning, options: argparse.Namespace, flags: Sequence[str]) ->
     settings = LoraSettings(options.lora_rank, tuning.lr, train_iters, tuning.global_batch_size, seed=0)
     merged = train_adapters(model, samples, settings, tuning.save, tuning.tokenizer)
     print(f"{merged}: adapters of rank {options.lora_rank} merged, ready for transformers", flush=True)
-    return 0
 
 
 def _describe(tuning: Tuning, samples: InstructionSamples, train_iters: int) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from megatron_prune.architecture import Architecture
+from megatron_prune.checkpoint.files import sha256_file, sha256_of
 from megatron_prune.checkpoint.hf import SourceWeights, has_weights, read_architecture, resolve_source
 from megatron_prune.checkpoint.store import (
+    COMPLETE_FILE,
     Checkpoint,
     DamagedCheckpoint,
     Found,
@@ -32,6 +34,9 @@ from megatron_prune.training.batches import Samples
 from megatron_prune.training.latency import saved_table
 from megatron_prune.training.resume import newest_whole
 from megatron_prune.training.targets import make_budget, make_replay
+
+#: Of an instruction tuning's run directory: which weights it was started from, as :func:`base_digest` says it.
+BASE_FILE = "base.sha256"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +173,20 @@ def placement(saved: Partition, config: Config) -> Partition:
     """Where the units of a checkpoint go: where they were on the same layout, else dealt out afresh."""
     ranks = config.parallel.tensor_model_parallel_size
     return saved if saved.tensor_parallel == ranks else saved.spread(ranks, max(1, config.prune.prune_align))
+
+
+def base_digest(directory: Path) -> str:
+    """What tells weights to start from apart from others, wherever they lie.
+
+    Args:
+        directory: a checkpoint, whose marker stands for all its files, or a Hugging Face directory, read in full.
+
+    Returns:
+        A checksum in hexadecimal.
+    """
+    marker = directory / COMPLETE_FILE
+    files = [marker] if marker.is_file() else sorted(directory.glob("*.safetensors"))
+    return sha256_of("".join(map(sha256_file, files)).encode())
 
 
 def run_of(checkpoint: Checkpoint) -> Path:

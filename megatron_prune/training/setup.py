@@ -45,7 +45,7 @@ from megatron_prune.training.batches import Batches
 from megatron_prune.training.callbacks import Checkpoints, Exports, Metrics, Validation, report_damaged
 from megatron_prune.training.distill import Teacher
 from megatron_prune.training.engine import PruningEngine, prepare_deepspeed
-from megatron_prune.training.inputs import Inputs, is_own, placement, run_of, verified
+from megatron_prune.training.inputs import BASE_FILE, Inputs, base_digest, is_own, placement, run_of, verified
 from megatron_prune.training.latency import latency_table, saved_table
 from megatron_prune.training.loop import Callback, Trainer
 from megatron_prune.training.optimizer_memory import AdamSettings
@@ -337,6 +337,9 @@ def _prepare_run_dir(run_dir: Path, config: Config, inputs: Inputs) -> None:
     replace_text(kept / "config.json", _config_text(inputs.source_path))
     home = inputs.source_path if inputs.source_path.is_dir() else inputs.source_path.parent
     copy_companions(home, kept, config.model.tokenizer)
+    if config.data.instruction_data is not None and inputs.checkpoint is None:
+        base = inputs.source_path if inputs.base is None else inputs.base.path
+        replace_text(run_dir / BASE_FILE, base_digest(base))
 
 
 def _config_text(source_path: Path) -> str:

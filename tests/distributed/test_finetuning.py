@@ -13,7 +13,9 @@ from layout_runs import Layout, Runs, Source, assert_same_curves, assert_same_we
 
 from megatron_prune.data.instructions import InstructionSamples, read_instructions
 from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.errors import UserError
 from megatron_prune.parallel.linear_loss import IGNORED
+from megatron_prune.tuning import check_target
 
 CHARACTERS = "\n #:-" + "".join(chr(code) for code in (*range(48, 58), *range(65, 91), *range(97, 123)))
 SEQ_LENGTH = 64
@@ -32,6 +34,12 @@ def pruned(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     (run / "source" / "tokenizer_config.json").write_text(json.dumps(settings))
     return run
+
+
+def test_the_checkpoints_of_pruning_are_not_taken_for_a_tuning(pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="is the directory of another run"):
+        check_target(tmp_path, "checkpoints")
 
 
 @pytest.fixture(scope="module")

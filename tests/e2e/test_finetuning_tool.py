@@ -80,7 +80,10 @@ def test_a_tuned_model_follows_instructions_it_was_not_shown(
     assert json.loads((tmp_path / "answers.json").read_text()) == answers
 
     (tmp_path / "other.json").write_text((demo / "instructions.json").read_text().replace("value", "other"))
-    shutil.copytree(demo / "source", tmp_path / "model")
+    model = shutil.copytree(demo / "source", tmp_path / "model")
+    assert finetune([str(model), *words[1:]]) == 0  # the same weights elsewhere
+    changed_last_bit(model / "model.safetensors")
+    capsys.readouterr()
     kept = (tmp_path / "answers.json").stat().st_mtime_ns
     for changed, named in (
         (["--data", str(tmp_path / "other.json")], "--data"),
@@ -90,9 +93,16 @@ def test_a_tuned_model_follows_instructions_it_was_not_shown(
     ):
         assert finetune([*words, *changed]) == 2
         assert f"holds a finished tuning with another {named}" in capsys.readouterr().err
-    assert finetune([str(tmp_path / "model"), *words[1:]]) == 2
+    assert finetune([str(model), *words[1:]]) == 2
     assert "holds a finished tuning with another MODEL" in capsys.readouterr().err
     assert (tmp_path / "answers.json").stat().st_mtime_ns == kept
+
+
+def changed_last_bit(weights: Path) -> None:
+    """Another model of the same shape."""
+    content = bytearray(weights.read_bytes())
+    content[-4] ^= 1
+    weights.write_bytes(content)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +119,62 @@ def tiny(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo / "source" / name, directory)
     return directory
+
+
+def files_of(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_an_unfinished_tuning_goes_on_with_its_own_model_and_data_only(
+    finetune: Main, tiny: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, save = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "tuned"
+    words = [str(model), "--data", str(demo / "instructions.json"), "--save", str(save), "--seq-length", "64"]
+    words += ["--global-batch-size", "16", "--epochs", "1"]
+    stopped = [*words, "--exit-duration-in-mins", "1e-9"]
+    assert finetune(stopped) == 75
+    (tmp_path / "other.json").write_text((demo / "instructions.json").read_text().replace("value", "other"))
+    before = files_of(save)
+    capsys.readouterr()
+    assert finetune([*words, "--data", str(tmp_path / "other.json")]) == 2
+    assert "holds an unfinished tuning with another --data" in capsys.readouterr().err
+    changed_last_bit(model / "model.safetensors")
+    assert finetune(words) == 2
+    assert "holds an unfinished tuning with another MODEL" in capsys.readouterr().err
+    assert files_of(save) == before
+    assert finetune([str(tiny), *words[1:]]) == 0
+    assert "resuming" in capsys.readouterr().out
+    # the tuned run as a base, which then goes on
+    again = [str(save), *words[1:4], str(tmp_path / "again"), *words[5:]]
+    assert finetune([*again, "--exit-duration-in-mins", "1e-9"]) == 75
+    assert finetune([str(tiny), *words[1:], "--epochs", "2"]) == 0
+    capsys.readouterr()
+    assert finetune(again) == 2
+    assert "holds an unfinished tuning with another MODEL" in capsys.readouterr().err
+
+
+def test_a_dry_run_answers_nothing(finetune: Main, tiny: Path, demo: Path, tmp_path: Path) -> None:
+    save, answers = tmp_path / "tuned", tmp_path / "answers.json"
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(save), "--dry-run"]
+    words += ["--generate", str(answers)]
+    assert finetune(words) == 0
+    assert not save.exists()
+    assert not answers.exists()
+
+
+def test_adapters_see_one_gpu(
+    finetune: Main,
+    tiny: Path,
+    demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = [str(tiny), "--data", str(demo / "instructions.json"), "--save", str(tmp_path / "adapted")]
+    assert finetune([*words, "--lora-rank", "2"]) == 2
+    assert "works on one GPU and 2 are visible; set CUDA_VISIBLE_DEVICES=0" in capsys.readouterr().err
+    assert not (tmp_path / "adapted").exists()
 
 
 def test_adapters_change_the_model_and_are_merged(

@@ -101,3 +101,23 @@ def test_a_model_of_something_else_is_not_replaced(tmp_path: Path) -> None:
         check_target(tmp_path, "checkpoints")
     (tmp_path / "checkpoints").mkdir()
     check_target(tmp_path, "checkpoints")
+
+
+@pytest.mark.parametrize("beside", ["checkpoints", "adapter"])
+def test_the_directory_of_another_run_is_left_as_it_is(tmp_path: Path, beside: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    check_target(tmp_path, beside)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
+    with pytest.raises(UserError, match="is the directory of another run"):
+        check_target(tmp_path, beside)
+    (tmp_path / "config.yaml").write_text("instruction_data: null")
+    with pytest.raises(UserError, match="is the directory of another run"):
+        check_target(tmp_path, beside)
+
+
+def test_a_tuning_that_has_no_checkpoint_yet_begins_anew_but_takes_no_adapters(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("instruction_data: x.json")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
+    check_target(tmp_path, "checkpoints")
+    with pytest.raises(UserError, match="is the directory of another run"):
+        check_target(tmp_path, "adapter")
