@@ -73,8 +73,9 @@ def check_output_directory(flag: str, directory: Path) -> None:
 
 
 def files_of(*directories: Path) -> list[Path]:
-    """The files of models and runs that a command reads: none of them may be what it writes."""
-    return [file for directory in directories for pattern in _OF_MODELS_AND_RUNS for file in directory.glob(pattern)]
+    """The files of models and runs, and of a run's exports, that a command reads: none may be what it writes."""
+    places = [place for directory in directories for place in (directory, *directory.glob("exports/*"))]
+    return [file for place in places for pattern in _OF_MODELS_AND_RUNS for file in place.glob(pattern)]
 
 
 def beside(directory: Path, ending: str) -> Path:

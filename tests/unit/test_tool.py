@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.errors import MegatronPruneError, UserError
-from megatron_prune.tool import beside, check_output, check_output_directory, run_tool, written_at_once
+from megatron_prune.tool import beside, check_output, check_output_directory, files_of, run_tool, written_at_once
 
 
 def test_what_cannot_be_written_is_told_beforehand(tmp_path: Path) -> None:
@@ -83,3 +83,11 @@ def test_a_tool_ends_with_one_line(
     assert capsys.readouterr().err == f"{line}\n"
     assert run_tool(lambda: None) == 0
     assert run_tool(lambda: 1) == 1
+
+
+def test_files_of_a_run_are_those_of_its_exports_too(tmp_path: Path) -> None:
+    weights = tmp_path / "exports" / "step_00000004" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    for file in (weights, tmp_path / "ledger.jsonl", tmp_path / "run.html"):
+        file.touch()
+    assert sorted(files_of(tmp_path)) == [weights, tmp_path / "ledger.jsonl"]

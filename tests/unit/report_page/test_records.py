@@ -70,6 +70,13 @@ def test_the_export_of_the_target_is_that_of_the_last_removal(run_dir: Path) -> 
     assert target.crossed == run.events[-1]
 
 
+def test_an_int8_copy_beside_a_snapshot_is_no_export(half_way: Path) -> None:
+    names = [export.name for export in read_run(half_way).exports]
+    (half_way / "exports" / "1.1M-int8").mkdir()
+    (half_way / "exports" / "1.1M.onnx").touch()
+    assert [export.name for export in read_run(half_way).exports] == names
+
+
 class TestState:
     def test_all_steps_done(self, finished: Path) -> None:
         assert read_run(finished).state.name == "finished"
