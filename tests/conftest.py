@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -34,10 +35,23 @@ def repo_root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_environment() -> Iterator[None]:
-    """A file's runs in this process leave RANK and WORLD_SIZE behind, of which a later file's libraries make a job."""
+@contextmanager
+def _environment_restored() -> Iterator[None]:
+    """A run in this process sets the launcher's variables, of which a later one, or a library, would make a job."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment_of_a_test() -> Iterator[None]:
+    with _environment_restored():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment_of_a_file() -> Iterator[None]:
+    """For fixtures that all of a file's tests share."""
+    with _environment_restored():
+        yield

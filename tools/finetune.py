@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prune.checkpoint.hf import read_architecture
-from megatron_prune.checkpoint.hf_source import TOKENIZER_PATTERNS
 from megatron_prune.checkpoint.run_export import export_run, is_run_directory, model_directory
 from megatron_prune.checkpoint.store import CHECKPOINTS
 from megatron_prune.config import load_config
@@ -27,7 +26,7 @@ from megatron_prune.data.instructions import Instruction, InstructionSamples, re
 from megatron_prune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, MegatronPruneError, UserError
 from megatron_prune.lora import ADAPTER_DIR, LoraSettings, train_adapters
 from megatron_prune.parallel.mesh import map_launcher_environment
-from megatron_prune.tool import EXIT_INTERRUPTED, check_output
+from megatron_prune.tool import EXIT_INTERRUPTED, check_output, files_of
 from megatron_prune.tuning import (
     EXPORT_DIR,
     Tuning,
@@ -43,8 +42,6 @@ from megatron_prune.tuning import (
 #: Adapters are few and start at zero: they bear, and need, larger steps.
 LORA_LR = 2e-4
 FULL_LR = 2e-5
-#: What of a model directory is read; earlier answers may lie beside it.
-MODEL_PATTERNS = ("*config.json", "*.safetensors*", *TOKENIZER_PATTERNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,8 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _asked(options: argparse.Namespace, source: Path) -> list[Instruction]:
     """What --generate shall respond to, read before training starts; the file to write is none that is read."""
-    of_model = [file for pattern in MODEL_PATTERNS for file in source.glob(pattern)]
-    inputs = [path for path in (options.data, options.prompts, *of_model) if path is not None]
+    inputs = [path for path in (options.data, options.prompts, *files_of(source)) if path is not None]
     check_output("--generate", options.generate, inputs)
     return read_instructions(options.prompts or options.data, with_output=False)
 

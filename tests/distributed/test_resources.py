@@ -43,7 +43,7 @@ def test_a_compaction_holds_one_whole_parameter_at_a_time(ranks: list[dict[str, 
 
     With ``P`` parameters on a rank, ``F`` of them in its optimizer fragments and ``L`` in the largest tensor, all ranks
     together: ``4 (2 P + 3 F + L)`` bytes. On a loaded machine gloo's thread may hold a finished sum for a moment longer
-    than it is needed: one compaction of a rank may be above that for it.
+    than it is needed: one compaction of a rank may be above that for it, by no more than another ``L``.
     """
     for rank, report in enumerate(ranks):
         above = []
@@ -51,7 +51,7 @@ def test_a_compaction_holds_one_whole_parameter_at_a_time(ranks: list[dict[str, 
             shard = 2 * sizes["new_parameters"] + 3 * sizes["new_fragments"]
             allowed = FP32 * (shard + sizes["largest"])
             above += [(sizes, allowed)] if sizes["peak"] > allowed else []
-            assert sizes["peak"] > 0
+            assert 0 < sizes["peak"] <= allowed + FP32 * sizes["largest"], f"rank {rank}: {sizes}, allowed {allowed}"
             # A second one would be lost in the slack of the formula, since DeepSpeed's own peak comes later.
             assert sizes["whole_tensors"] == 1, f"rank {rank}: {sizes}"
         assert len(above) <= 1, f"rank {rank}: {above}"

@@ -134,15 +134,6 @@ def same_run(first: Path, second: Path, tolerance: float) -> None:
             assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=30 * tolerance, abs=0), (mine, theirs)
 
 
-@pytest.fixture(autouse=True)
-def _restore_environment() -> Iterator[None]:
-    """A run started in this process sets the launcher's variables; the next one must not find them."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.fixture(scope="session")
 def read_jsonl() -> Callable[[Path], list[dict[str, Any]]]:
     """Reader of JSON-lines files."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,6 @@ from megatron_prune.checkpoint.store import newest_checkpoint
 from megatron_prune.parallel.fragments import Layout
 
 CHARACTERS = "\n #:-IR" + "".join(map(chr, range(97, 123)))
-
-
-@pytest.fixture(autouse=True)
-def _restore_environment() -> Iterator[None]:
-    """The trainer sets the launcher's variables, of which peft's libraries would make a job."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture
